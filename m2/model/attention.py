@@ -1,0 +1,187 @@
+"""Grouped-query attention with whole-vector QK-norm and partial RoPE."""
+
+import itertools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+import pallas_kernels
+from m2 import config
+from m2.model import cache as kv
+from m2.model import norm
+from m2.parallel import sharding
+from pallas_kernels.attention import ref
+
+HEADS = ('batch', None, 'heads', None)
+KV_HEADS = ('batch', None, 'kv_heads', None)
+HIDDEN = ('batch', None, None)
+
+
+class Attention(nn.Module):
+  """Declares the attention parameters of one layer."""
+
+  cfg: config.ModelConfig
+
+  @nn.compact
+  def __call__(self) -> dict[str, jax.Array]:
+    cfg = self.cfg
+    d, n, k, h = cfg.d_model, cfg.heads, cfg.kv_heads, cfg.head_dim
+    normal = nn.initializers.normal(cfg.init_std)
+    # The output projection starts smaller by depth, as residuals add up.
+    out = nn.initializers.normal(cfg.init_std / (2 * cfg.layers) ** 0.5)
+    ones = nn.initializers.ones
+    dtype = jnp.dtype(cfg.param_dtype)
+    return {
+      'norm': self.param('norm', ones, (d,), dtype),
+      'q': self.param('q', normal, (d, n, h), dtype),
+      'k': self.param('k', normal, (d, k, h), dtype),
+      'v': self.param('v', normal, (d, k, h), dtype),
+      'q_norm': self.param('q_norm', ones, (n, h), dtype),
+      'k_norm': self.param('k_norm', ones, (k, h), dtype),
+      'o': self.param('o', out, (n, h, d), dtype),
+    }
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, cfg) -> jax.Array:
+  """Rotary embedding of the leading `rotary_dim` dims, halves rotated.
+
+  Angle i is position * theta^(-2i / rotary_dim); pairs are (i, i + half),
+  not neighbours. The other dims pass through. Angles are float32.
+  """
+  half = cfg.rotary_dim // 2
+  power = jnp.arange(half, dtype=jnp.float32) * 2 / cfg.rotary_dim
+  angle_BTR = positions_BT[..., None].astype(jnp.float32) * (
+    cfg.rope_theta**-power
+  ).reshape(1, 1, half)
+  cos_BT1R = jnp.cos(angle_BTR)[:, :, None]
+  sin_BT1R = jnp.sin(angle_BTR)[:, :, None]
+  x_f32 = x_BTNH.astype(jnp.float32)
+  first, second = x_f32[..., :half], x_f32[..., half : 2 * half]
+  turned = jnp.concatenate(
+    [
+      first * cos_BT1R - second * sin_BT1R,
+      second * cos_BT1R + first * sin_BT1R,
+    ],
+    axis=-1,
+  ).astype(x_BTNH.dtype)
+  return jnp.concatenate([turned, x_BTNH[..., 2 * half :]], axis=-1)
+
+
+def project(
+  cfg: config.ModelConfig,
+  weights: Mapping[str, jax.Array],
+  x_BTD: jax.Array,
+  positions_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Queries, keys and values: projection, norm over all heads, rotation."""
+  # FSDP: all-gather of D * (N + 2K) * H weights before use.
+  q_DNH = sharding.place(weights['q'].astype(x_BTD.dtype), None, 'heads', None)
+  k_DKH, v_DKH = (
+    sharding.place(weights[name].astype(x_BTD.dtype), None, 'kv_heads', None)
+    for name in ('k', 'v')
+  )
+  q_BTNH = sharding.einsum('btd,dnh->btnh', x_BTD, q_DNH, out=HEADS)
+  k_BTKH = sharding.einsum('btd,dkh->btkh', x_BTD, k_DKH, out=KV_HEADS)
+  v_BTKH = sharding.einsum('btd,dkh->btkh', x_BTD, v_DKH, out=KV_HEADS)
+  # One variance a token over every head at once ("per_layer" in config.json).
+  q_BTNH = norm.rms_norm(q_BTNH, weights['q_norm'], cfg.norm_eps, (-2, -1))
+  k_BTKH = norm.rms_norm(k_BTKH, weights['k_norm'], cfg.norm_eps, (-2, -1))
+  return (
+    rotate(q_BTNH, positions_BT, cfg),
+    rotate(k_BTKH, positions_BT, cfg),
+    v_BTKH,
+  )
+
+
+def attend(
+  cfg: config.ModelConfig,
+  weights: Mapping[str, jax.Array],
+  x_BTD: jax.Array,
+  positions_BT: jax.Array,
+  until_BT: jax.Array,
+  cache: kv.KVCache | None,
+  layer: jax.Array,
+  want_stats: bool,
+) -> tuple[jax.Array, kv.KVCache | None, dict[str, jax.Array]]:
+  """One attention sub-layer on normalised input.
+
+  Args:
+    cfg: model shape.
+    weights: what `Attention` declares.
+    x_BTD: normalised hidden states.
+    positions_BT: int32 positions, for the rotation only.
+    until_BT: int32 mask intervals of the tokens of the row, or of the whole
+      cache once it is given.
+    cache: keys and values so far; `until_BS` already includes the new tokens.
+    layer: index of this layer in the cache.
+    want_stats: also return the largest score and the mean entropy (nats) of
+      each head.
+
+  Returns:
+    The sub-layer's output [B, T, D], the cache with this layer written, stats.
+  """
+  q_BTNH, k_BTKH, v_BTKH = project(cfg, weights, x_BTD, positions_BT)
+  offset_B = None
+  if cache is not None:
+    offset_B = cache.filled_B
+    cache = cache.replace(
+      k_LBSKH=kv.write_layer(cache.k_LBSKH, k_BTKH, offset_B, layer),
+      v_LBSKH=kv.write_layer(cache.v_LBSKH, v_BTKH, offset_B, layer),
+    )
+    k_BTKH = jax.lax.dynamic_index_in_dim(cache.k_LBSKH, layer, 0, False)
+    v_BTKH = jax.lax.dynamic_index_in_dim(cache.v_LBSKH, layer, 0, False)
+    until_BT = cache.until_BS
+  scale = cfg.head_dim**-0.5
+  o_BTNH = _local_attention(q_BTNH, k_BTKH, v_BTKH, until_BT, offset_B, scale)
+  o_BTNH = checkpoint_name(o_BTNH, 'attn_out')
+  o_NHD = sharding.place(weights['o'].astype(x_BTD.dtype), 'heads', None, None)
+  # all-reduce over 'tensor': B * T * D.
+  y_BTD = sharding.einsum('btnh,nhd->btd', o_BTNH, o_NHD, out=HIDDEN)
+  stats = {}
+  if want_stats:
+    stats = score_stats(q_BTNH, k_BTKH, until_BT, offset_B, scale)
+  return y_BTD, cache, stats
+
+
+def _local_attention(q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B, scale):
+  """Attention on each device's own rows and heads."""
+  heads, kv_heads = sharding.spec(*HEADS), sharding.spec(*KV_HEADS)
+  rows = sharding.spec('batch', None)
+  specs = (heads, kv_heads, kv_heads, rows, sharding.spec('batch'))
+  operands = (q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B)
+  present = [x is not None for x in operands]
+
+  def local(q, k, v, until, offset_B=None):
+    return pallas_kernels.attention(
+      q, k, v, until, offset_B=offset_B, scale=scale
+    )
+
+  run = sharding.manual(local, list(itertools.compress(specs, present)), heads)
+  return run(*itertools.compress(operands, present))
+
+
+def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
+  """Largest score and mean entropy of each head, over visible keys.
+
+  Holds all scores at once: for introspection of small batches.
+  """
+  query_BT = jnp.arange(q_BTNH.shape[1])[None]
+  query_BT = query_BT + (0 if offset_B is None else offset_B[:, None])
+  query_BT = jnp.broadcast_to(query_BT, q_BTNH.shape[:2])
+  s_BKGTS = ref.scores(q_BTNH, k_BSKH, until_BS, query_BT, scale)
+  seen_BKGT = jnp.isfinite(s_BKGTS).any(-1)
+  safe_BKGTS = jnp.where(seen_BKGT[..., None], s_BKGTS, 0)
+  logp_BKGTS = jax.nn.log_softmax(safe_BKGTS)
+  terms_BKGTS = jnp.where(
+    jnp.isfinite(logp_BKGTS), jnp.exp(logp_BKGTS) * logp_BKGTS, 0
+  )
+  entropy_BKGT = -terms_BKGTS.sum(-1)
+  count = jnp.maximum(seen_BKGT.sum((0, 3)), 1)
+  entropy_KG = (entropy_BKGT * seen_BKGT).sum((0, 3)) / count
+  return {
+    'attn_max_logit_N': s_BKGTS.max((0, 3, 4)).reshape(-1),
+    'attn_entropy_N': entropy_KG.reshape(-1),
+  }

@@ -1,0 +1,159 @@
+"""The sparse feed-forward layer: sigmoid router and SwiGLU experts."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+import pallas_kernels
+from m2 import config
+from m2.parallel import experts, sharding
+
+TOKENS = ('batch', None, None)
+
+
+class Moe(nn.Module):
+  """Declares the router and expert parameters of one layer."""
+
+  cfg: config.ModelConfig
+
+  @nn.compact
+  def __call__(self) -> dict[str, jax.Array]:
+    cfg = self.cfg
+    d, e, f = cfg.d_model, cfg.experts, cfg.d_expert
+    normal = nn.initializers.normal(cfg.init_std)
+    out = nn.initializers.normal(cfg.init_std / (2 * cfg.layers) ** 0.5)
+    dtype = jnp.dtype(cfg.param_dtype)
+    return {
+      'norm': self.param('norm', nn.initializers.ones, (d,), dtype),
+      # The router is float32 whatever the rest is (spec of the checkpoint).
+      'gate': self.param('gate', normal, (d, e), jnp.float32),
+      'bias': self.param('bias', nn.initializers.zeros, (e,), jnp.float32),
+      'wi_0': self.param('wi_0', normal, (e, d, f), dtype),
+      'wi_1': self.param('wi_1', normal, (e, d, f), dtype),
+      'wo': self.param('wo', out, (e, f, d), dtype),
+    }
+
+
+def route(
+  cfg: config.ModelConfig,
+  weights: Mapping[str, jax.Array],
+  x_BTD: jax.Array,
+  experts_BTX: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Scores, chosen experts and mixing weights of every token.
+
+  Args:
+    cfg: model shape.
+    weights: what `Moe` declares.
+    x_BTD: normalised hidden states.
+    experts_BTX: replay these choices instead of selecting; the weights still
+      come from the live scores.
+
+  Returns:
+    score_BTE float32, index_BTX int32 (E = slot not used), weight_BTX float32.
+  """
+  gate_DE = sharding.place(weights['gate'], None, None)
+  logit_BTE = sharding.einsum(
+    'btd,de->bte',
+    x_BTD.astype(jnp.float32),
+    gate_DE,
+    out=TOKENS,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  score_BTE = jax.nn.sigmoid(logit_BTE)
+  rows = sharding.spec(*TOKENS)
+  if experts_BTX is not None:
+    weight_BTX = sharding.manual(_replayed, (rows, rows), rows)(
+      score_BTE, experts_BTX
+    )
+    return score_BTE, experts_BTX, weight_BTX
+
+  def local(score, bias):
+    routing = pallas_kernels.route(
+      score.reshape(-1, cfg.experts),
+      bias,
+      top_k=cfg.top_k,
+      min_k=cfg.min_k,
+      min_share=cfg.min_share,
+    )
+    shape = (*score.shape[:2], cfg.top_k)
+    return tuple(part.reshape(shape) for part in routing)
+
+  run = sharding.manual(local, (rows, sharding.spec(None)), (rows, rows))
+  return score_BTE, *run(score_BTE, weights['bias'])
+
+
+def _replayed(score_BTE: jax.Array, experts_BTX: jax.Array) -> jax.Array:
+  """Weights of given choices from live scores; unused slots (E) get 0."""
+  own_BTXE = jax.nn.one_hot(experts_BTX, score_BTE.shape[-1])
+  chosen_BTX = jnp.einsum('btxe,bte->btx', own_BTXE, score_BTE)
+  return chosen_BTX / chosen_BTX.sum(-1, keepdims=True)
+
+
+def mix(
+  cfg: config.ModelConfig,
+  weights: Mapping[str, jax.Array],
+  x_BTD: jax.Array,
+  count_BT: jax.Array,
+  experts_BTX: jax.Array | None,
+  want_stats: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """One mixture-of-experts sub-layer on normalised input.
+
+  Args:
+    cfg: model shape.
+    weights: what `Moe` declares.
+    x_BTD: normalised hidden states.
+    count_BT: float32, how many training tokens each token stands for in load
+      statistics: 0 for padding, the number of branches in a prefix tree.
+    experts_BTX: replayed choices, or None.
+    want_stats: also return introspection statistics.
+
+  Returns:
+    The sub-layer's output [B, T, D], and a dict: `experts_BTX` chosen,
+    `load_E` assignments, `balance` auxiliary loss, `active` experts per token.
+  """
+  x_BTD = checkpoint_name(x_BTD, 'moe_in')
+  score_BTE, index_BTX, weight_BTX = route(cfg, weights, x_BTD, experts_BTX)
+  y_BTD = experts.expert_parallel(
+    x_BTD,
+    (index_BTX, weight_BTX),
+    *(weights[name].astype(x_BTD.dtype) for name in ('wi_0', 'wi_1', 'wo')),
+  )
+  out = {'experts_BTX': index_BTX}
+  out |= _load(cfg, score_BTE, index_BTX, count_BT)
+  if want_stats:
+    out['stats'] = _router_stats(score_BTE, count_BT)
+  return y_BTD, out
+
+
+def _load(cfg, score_BTE, index_BTX, count_BT) -> dict[str, jax.Array]:
+  """Load of each expert and the auxiliary loss E * sum_e f_e * p_e.
+
+  f_e is the share of assignments, p_e the mean share of the scores; the loss
+  is 1 when both are uniform (arXiv 2101.03961, equation 4).
+  """
+  chosen_BTXE = index_BTX[..., None] == jnp.arange(cfg.experts).reshape(
+    1, 1, 1, -1
+  )
+  used_BTE = chosen_BTXE.any(2).astype(jnp.float32)
+  load_E = (used_BTE * count_BT[..., None]).sum((0, 1))
+  tokens = jnp.maximum(count_BT.sum(), 1)
+  share_BTE = score_BTE / score_BTE.sum(-1, keepdims=True)
+  mean_E = (share_BTE * count_BT[..., None]).sum((0, 1)) / tokens
+  frequency_E = load_E / jnp.maximum(load_E.sum(), 1)
+  return {
+    'load_E': load_E,
+    'balance': cfg.experts * jnp.sum(frequency_E * mean_E),
+    'active': load_E.sum() / tokens,
+  }
+
+
+def _router_stats(score_BTE, count_BT) -> dict[str, jax.Array]:
+  share_BTE = score_BTE / score_BTE.sum(-1, keepdims=True)
+  entropy_BT = -(share_BTE * jnp.log(share_BTE + 1e-9)).sum(-1)
+  tokens = jnp.maximum(count_BT.sum(), 1)
+  return {'router_entropy': (entropy_BT * count_BT).sum() / tokens}

@@ -1,0 +1,58 @@
+"""Parameters: shapes without allocation, initial values, counts."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from m2 import config
+from m2.model import mtp, transformer
+from m2.parallel import sharding
+
+
+def _init(cfg: config.ModelConfig, key: jax.Array) -> Any:
+  token_BT = jnp.zeros((1, 1), jnp.int32)
+  model = transformer.M2(cfg)
+  params = model.init(key, token_BT, token_BT, token_BT + 1)['params']
+  if cfg.mtp_modules:
+    params = {**params, 'mtp': mtp.init(cfg, jax.random.fold_in(key, 1))}
+  return params
+
+
+def abstract(cfg: config.ModelConfig) -> Any:
+  """The tree of `jax.ShapeDtypeStruct`, without allocating anything."""
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    return jax.eval_shape(functools.partial(_init, cfg), jax.random.key(0))
+
+
+def init(
+  cfg: config.ModelConfig, key: jax.Array, mesh: jax.sharding.Mesh | None = None
+) -> Any:
+  """Random initial parameters, made in place on `mesh` if one is given."""
+  if mesh is None:
+    return jax.jit(functools.partial(_init, cfg))(key)
+  shardings = sharding.param_shardings(abstract(cfg), mesh)
+  # Traced without a mesh: the values must not depend on it.
+  make = jax.jit(functools.partial(_init, cfg), out_shardings=shardings)
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    return make(key)
+
+
+def count(cfg: config.ModelConfig) -> int:
+  """All stored parameters, router bias included."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(cfg)))
+
+
+def active_count(cfg: config.ModelConfig) -> int:
+  """Parameters one token uses in the blocks: no embedding, no head."""
+  blocks = abstract(cfg)['blocks']
+  total = 0
+  for path, leaf in jax.tree.leaves_with_path(blocks):
+    name = path[-1].key
+    size = math.prod(leaf.shape)
+    if name in ('wi_0', 'wi_1', 'wo'):
+      size = size * cfg.top_k // cfg.experts
+    total += size
+  return total

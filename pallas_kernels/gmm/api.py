@@ -1,0 +1,54 @@
+"""Grouped matrix product: every row times the matrix of its own group."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.gmm import xla
+
+BACKENDS = {'xla': xla.grouped_matmul}
+
+
+def grouped_matmul(
+  x_MK: Float[Array, 'M K'],
+  w_GKN: Float[Array, 'G K N'],
+  sizes_G: Int[Array, 'G'],
+  *,
+  align: int = 1,
+  impl: dispatch.Impl | None = None,
+  out_dtype: jax.typing.DTypeLike | None = None,
+) -> Float[Array, 'M N']:
+  """Multiplies rows, sorted by group, with their group's matrix.
+
+  Group g owns `sizes_G[g]` rows; it starts where group g - 1 ends, rounded up
+  to a multiple of `align`. Rows of no group give zeros, and their gradient is
+  zero. Products accumulate in float32.
+
+  Args:
+    x_MK: rows sorted by group; same dtype as `w_GKN`.
+    w_GKN: one matrix a group.
+    sizes_G: rows per group, zeros allowed; the aligned sum must not exceed M.
+    align: rows to which group starts are rounded up.
+    impl: backend; None picks the best for this platform.
+    out_dtype: dtype of the result; None = that of `x_MK`.
+
+  Raises:
+    ValueError: shapes or dtypes that do not match.
+    NotImplementedError: a backend forced by name that cannot do this.
+  """
+  if x_MK.ndim != 2 or w_GKN.ndim != 3 or x_MK.shape[1] != w_GKN.shape[1]:
+    raise ValueError(
+      f'x {x_MK.shape} and w {w_GKN.shape} do not contract: expected [M, K] '
+      'and [G, K, N]'
+    )
+  if sizes_G.shape != w_GKN.shape[:1]:
+    raise ValueError(
+      f'sizes {sizes_G.shape} must have one entry for each of the '
+      f'{w_GKN.shape[0]} groups'
+    )
+  if x_MK.dtype != w_GKN.dtype:
+    raise ValueError(f'x is {x_MK.dtype} but w is {w_GKN.dtype}')
+  run = dispatch.pick('grouped_matmul', impl, BACKENDS)
+  out_dtype = jnp.dtype(out_dtype or x_MK.dtype)
+  return run(x_MK, w_GKN, sizes_G, align=align, out_dtype=out_dtype)

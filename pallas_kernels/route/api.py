@@ -1,0 +1,55 @@
+"""Sigmoid top-k routing with a selection-only bias."""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.route import ref
+
+BACKENDS = {'xla': ref.route}
+
+
+class Routing(NamedTuple):
+  """Where each token goes.
+
+  Attributes:
+    index_MX: chosen experts, best first; E marks a slot that is not used.
+    weight_MX: float32 mixing weights; each row sums to 1, unused slots are 0.
+  """
+
+  index_MX: Int[Array, 'M X']
+  weight_MX: Float[Array, 'M X']
+
+
+def route(
+  score_ME: Float[Array, 'M E'],
+  bias_E: Float[Array, 'E'],
+  *,
+  top_k: int,
+  min_k: int | None = None,
+  min_share: float = 0.0,
+  impl: dispatch.Impl | None = None,
+) -> Routing:
+  """Chooses experts by score + bias, weights them by score alone.
+
+  Args:
+    score_ME: float32 sigmoid scores.
+    bias_E: float32 balancing bias, used for selection only (report 2.2).
+    top_k: experts selected per token.
+    min_k: experts always used; the others need `min_share`. None = top_k.
+    min_share: share of the selected weight an expert past `min_k` must have.
+      The weights are renormalised over those used.
+    impl: backend; None picks the best for this platform.
+
+  Raises:
+    ValueError: `top_k` or `min_k` out of range.
+  """
+  experts = score_ME.shape[1]
+  min_k = top_k if min_k is None else min_k
+  if not 0 < min_k <= top_k <= experts:
+    raise ValueError(f'need 0 < {min_k=} <= {top_k=} <= {experts=}')
+  run = dispatch.pick('route', impl, BACKENDS)
+  return Routing(
+    *run(score_ME, bias_E, top_k=top_k, min_k=min_k, min_share=min_share)
+  )

@@ -1,0 +1,97 @@
+"""Multi-token prediction: targets, expansion by copying, a frozen trunk."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest
+
+from m2.model import mtp, params, transformer
+from tests.model import transformer_test
+
+CFG = dataclasses.replace(transformer_test.TINY, mtp_modules=2)
+
+
+def batch():
+  tokens_BT = jnp.arange(20).reshape(2, 10) % 13
+  targets_BT = jnp.roll(tokens_BT, -1, 1)
+  positions_BT = jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], list(range(10))])
+  until_BT = jnp.array([[4] * 4 + [10] * 6, [8] * 8 + [0] * 2])
+  weights_BT = (jnp.arange(10)[None] + 1 < until_BT).astype(jnp.float32)
+  return {
+    'tokens': tokens_BT,
+    'targets': targets_BT,
+    'positions': positions_BT,
+    'until': until_BT,
+    'weights': weights_BT,
+  }
+
+
+def forward(values, data, cfg=CFG):
+  return transformer.forward(
+    cfg, values, data['tokens'], data['positions'], data['until']
+  )
+
+
+class MtpTest(absltest.TestCase):
+  def test_modules_read_and_predict_further_ahead(self):
+    data = batch()
+    ahead = mtp.shifted(data, 2)
+    # Row 0, document 0 holds tokens 0..3; module 1 at token 0 reads token 1
+    # and predicts token 2; at token 2 its target would leave the document.
+    np.testing.assert_array_equal(ahead['tokens_JBT'][0, 0, :3], [1, 2, 3])
+    np.testing.assert_array_equal(ahead['targets_JBT'][0, 0, :2], [2, 3])
+    np.testing.assert_array_equal(
+      ahead['weights_JBT'][0, 0], [1, 1, 0, 0, 1, 1, 1, 1, 0, 0]
+    )
+    np.testing.assert_array_equal(
+      ahead['weights_JBT'][1, 0], [1, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    )
+
+  def test_other_documents_do_not_matter(self):
+    values = params.init(CFG, jax.random.key(0))
+    data = batch()
+    other = dict(data)
+    other['tokens'] = data['tokens'].at[0, 4:].add(1)  # the second document
+    weights = data['weights'].at[0, 4:].set(0).at[1].set(0)
+
+    def total(data):
+      data = data | {'weights': weights}
+      return mtp.loss(CFG, values, forward(values, data), data, chunk=8)[0]
+
+    np.testing.assert_allclose(total(data), total(other), rtol=1e-6)
+
+  def test_expansion_copies_and_leaves_the_trunk(self):
+    plain = params.init(transformer_test.TINY, jax.random.key(0))
+    one = dataclasses.replace(CFG, mtp_modules=1)
+    three = dataclasses.replace(CFG, mtp_modules=3)
+    grown = mtp.expand(one, plain)
+    grown['mtp']['proj'] += 0.01
+    larger = mtp.expand(three, grown)
+    for leaf in jax.tree.leaves(larger['mtp']):
+      self.assertEqual(leaf.shape[0], 3)
+      np.testing.assert_array_equal(leaf[0], leaf[2])
+    self.assertEqual(
+      jax.tree.map(jnp.shape, larger),
+      jax.tree.map(lambda leaf: leaf.shape, params.abstract(three)),
+    )
+    data = batch()
+    np.testing.assert_array_equal(
+      forward(plain, data).hidden_BTD, forward(larger, data).hidden_BTD
+    )
+    with self.assertRaisesRegex(ValueError, '3 MTP modules'):
+      mtp.expand(one, larger)
+
+  def test_expansion_from_the_trunk_starts_below_random(self):
+    values = params.init(transformer_test.TINY, jax.random.key(0))
+    grown = mtp.expand(CFG, values)
+    total_J, aux = mtp.loss(
+      CFG, grown, forward(grown, batch()), batch(), chunk=8
+    )
+    self.assertTrue(np.isfinite(total_J).all())
+    self.assertEqual(aux['load_JE'].shape, (2, 8))
+
+
+if __name__ == '__main__':
+  absltest.main()

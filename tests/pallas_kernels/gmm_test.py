@@ -1,0 +1,105 @@
+"""Grouped products against the specification, any skew, both derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import pallas_kernels
+from pallas_kernels.gmm import ref, xla
+
+FP32_TOLERANCE = 1e-5  # relative to the largest value
+BF16_TOLERANCE = 1e-2
+
+
+def case(seed, sizes, align, rows, width=12, out=7, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  x_MK = jax.random.normal(keys[0], (rows, width)).astype(dtype)
+  w_GKN = jax.random.normal(keys[1], (len(sizes), width, out)).astype(dtype)
+  dy_MN = jax.random.normal(keys[2], (rows, out)).astype(dtype)
+  return x_MK, w_GKN, jnp.asarray(sizes, jnp.int32), dy_MN
+
+
+def assert_close(test, got, want, tolerance):
+  got, want = np.float64(got), np.float64(want)
+  test.assertTrue(np.isfinite(got).all())
+  scale = max(np.abs(want).max(), 1e-6)
+  test.assertLess(np.abs(got - want).max() / scale, tolerance)
+
+
+class GroupedMatmulTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('even', [8, 8, 8, 8], 1, 32),
+    ('zero_and_one', [0, 1, 17, 0], 1, 18),
+    ('all_on_one', [0, 0, 40, 0], 1, 40),
+    ('rows_of_no_group', [3, 5, 2], 1, 29),
+    ('nothing', [0, 0, 0], 1, 5),
+    ('aligned_8', [3, 0, 9, 1], 8, 48),
+    ('aligned_16', [16, 1, 0, 20], 16, 96),
+    ('many_groups', [1, 0, 2, 3] * 16, 1, 100),
+  )
+  def test_equals_specification(self, sizes, align, rows):
+    for dtype, tolerance in (
+      (jnp.float32, FP32_TOLERANCE),
+      (jnp.bfloat16, BF16_TOLERANCE),
+    ):
+      x_MK, w_GKN, sizes_G, dy_MN = case(rows, sizes, align, rows, dtype=dtype)
+
+      def ours(x, w, sizes_G=sizes_G):
+        return pallas_kernels.grouped_matmul(x, w, sizes_G, align=align)
+
+      def spec(x, w, sizes_G=sizes_G):
+        return ref.grouped_matmul(x, w, sizes_G, align=align, out_dtype=x.dtype)
+
+      y_MN, pull = jax.vjp(ours, x_MK, w_GKN)
+      f32 = (x_MK.astype(jnp.float32), w_GKN.astype(jnp.float32))
+      want_MN, want_pull = jax.vjp(spec, *f32)
+      assert_close(self, y_MN, want_MN, tolerance)
+      self.assertEqual(y_MN.dtype, dtype)
+      # The gradient only flows through rows that belong to a group.
+      for got, want in zip(pull(dy_MN), want_pull(dy_MN.astype(jnp.float32))):
+        assert_close(self, got, want, tolerance)
+
+  def test_random_skews(self):
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+      groups = int(rng.integers(1, 9))
+      sizes = rng.multinomial(50, rng.dirichlet([0.2] * groups))
+      x_MK, w_GKN, sizes_G, _ = case(seed, sizes, 1, 53)
+      got = pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G)
+      want = ref.grouped_matmul(
+        x_MK, w_GKN, sizes_G, align=1, out_dtype=jnp.float32
+      )
+      assert_close(self, got, want, FP32_TOLERANCE)
+
+  def test_work_is_that_of_the_rows(self):
+    x_MK, w_GKN, sizes_G, _ = case(0, [64] * 16, 1, 1024, 64, 64)
+    cost = (
+      jax.jit(pallas_kernels.grouped_matmul)
+      .lower(x_MK, w_GKN, sizes_G)
+      .compile()
+      .cost_analysis()
+    )
+    useful = 2 * 1024 * 64 * 64
+    self.assertLess(cost['flops'], 2 * useful)  # dense would be 16 times
+
+  def test_bad_input_is_named(self):
+    x_MK, w_GKN, sizes_G, _ = case(0, [2, 2], 1, 4)
+    with self.assertRaisesRegex(ValueError, 'do not contract'):
+      pallas_kernels.grouped_matmul(x_MK[:, :3], w_GKN, sizes_G)
+    with self.assertRaisesRegex(ValueError, 'one entry for each'):
+      pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G[:1])
+    with self.assertRaisesRegex(ValueError, 'bfloat16'):
+      pallas_kernels.grouped_matmul(x_MK.astype(jnp.bfloat16), w_GKN, sizes_G)
+    with self.assertRaisesRegex(NotImplementedError, 'mosaic_tpu'):
+      pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, impl='mosaic_tpu')
+    with self.assertRaisesRegex(NotImplementedError, 'deprecated'):
+      pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, impl='triton')
+
+  def test_block_grows_with_group(self):
+    self.assertEqual(xla.block_rows(8, 16), 8)
+    self.assertEqual(xla.block_rows(1 << 20, 2), xla.MAX_BLOCK)
+
+
+if __name__ == '__main__':
+  absltest.main()
