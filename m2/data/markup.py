@@ -1,0 +1,194 @@
+"""The markup of M2's conversations: special tokens, tags, tools, typed values.
+
+A tool call travels as XML whose values are raw text: strings unescaped, every
+other type as JSON. What a value means is therefore decided by the schema of
+the tool, and by nothing else.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Public tokenizer ids 200000, 200034, 200019 to 200021 and 200050 to 200053.
+PAD = ']!p~['
+BOS = ']~!b['  # start of a conversation
+ROLE = ']~b]'  # start of a role's block
+EOS = '[e~['  # end of a message
+DOCUMENT = ']!d~['  # also the unknown token; byte-level BPE never needs it
+THINK = '<think>'
+THINK_END = '</think>'
+CALLS = '<minimax:tool_call>'
+CALLS_END = '</minimax:tool_call>'
+SPECIALS = (
+  PAD,
+  BOS,
+  ROLE,
+  EOS,
+  DOCUMENT,
+  THINK,
+  THINK_END,
+  CALLS,
+  CALLS_END,
+)
+
+INVOKE_END = '</invoke>'
+PARAMETER_END = '</parameter>'
+
+_INTEGER = re.compile(r'\s*[+-]?[0-9]+\s*')
+_NUMBER = re.compile(r'\s*[+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?\s*')
+_BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
+# Kinds are tried in this order where a schema allows several: text fits all.
+_KINDS = ('integer', 'number', 'boolean', 'object', 'array', 'unknown')
+_JSON_TYPES = {'object': dict, 'array': list}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tool:
+  """What a call of one tool is checked against.
+
+  Attributes:
+    kinds: the JSON-schema types of each declared parameter.
+    required: parameters that a call must give.
+    closed: undeclared parameters are refused (additionalProperties: false).
+  """
+
+  kinds: Mapping[str, frozenset[str]]
+  required: tuple[str, ...]
+  closed: bool
+
+
+def function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The function of an OpenAI-style tool or call, wrapped or not.
+
+  Raises:
+    ValueError: it is no mapping, or has no name.
+  """
+  inner = tool.get('function') or tool if isinstance(tool, Mapping) else None
+  if not isinstance(inner, Mapping) or not isinstance(inner.get('name'), str):
+    raise ValueError(
+      f'{tool!r:.200}: expected a mapping with a name, or one under "function"'
+    )
+  return inner
+
+
+def read_tools(
+  tools: Sequence[Mapping[str, Any]] | None,
+) -> dict[str, Tool] | None:
+  """Indexes tools by name for `decode`; None stays None (nothing is checked).
+
+  Raises:
+    ValueError: a tool is not a named function with an object schema.
+  """
+  if tools is None:
+    return None
+  index = {}
+  for tool in tools:
+    declared = function(tool)
+    schema = declared.get('parameters') or {}
+    if not isinstance(schema, Mapping):
+      raise ValueError(f'tool {declared["name"]}: parameters is no schema')
+    properties = schema.get('properties') or {}
+    if not isinstance(properties, Mapping):
+      raise ValueError(f'tool {declared["name"]}: properties is no mapping')
+    index[declared['name']] = Tool(
+      {name: _kinds(kind) for name, kind in properties.items()},
+      tuple(schema.get('required') or ()),
+      schema.get('additionalProperties') is False,
+    )
+  return index
+
+
+def _kinds(schema: Any) -> frozenset[str]:
+  """The types a schema allows; text where it does not say."""
+  if not isinstance(schema, Mapping):
+    return frozenset(['string'])
+  kinds = schema.get('type')
+  if kinds is None:
+    branches = [
+      branch
+      for word in ('anyOf', 'oneOf', 'allOf')
+      for branch in schema.get(word) or ()
+    ]
+    found = frozenset().union(*map(_kinds, branches))
+    return found or frozenset(['string'])
+  kinds = [kinds] if isinstance(kinds, str) else kinds
+  known = (*_KINDS, 'string', 'null')
+  return frozenset(kind if kind in known else 'unknown' for kind in kinds)
+
+
+def encode(value: Any) -> str:
+  """The text of one argument: strings as they are, the rest as JSON.
+
+  Raises:
+    ValueError: the value is neither.
+  """
+  return value if isinstance(value, str) else to_json(value)
+
+
+def to_json(value: Any) -> str:
+  """JSON as the template writes it: real characters, ', ' and ': '.
+
+  Raises:
+    ValueError: the value cannot be written as JSON.
+  """
+  try:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+  except (TypeError, ValueError, RecursionError) as error:
+    raise ValueError(f'{value!r:.200} is not JSON: {error}') from None
+
+
+def decode(text: str, kinds: frozenset[str]) -> Any:
+  """The value that the text of an argument stands for.
+
+  The rule of the model's tool guide: one newline is dropped from each end;
+  'null' in any case is None; then the schema decides. Where the guide falls
+  back to text for a value that does not fit its type, this raises instead.
+
+  Args:
+    text: what stood between the parameter's tags.
+    kinds: JSON-schema types it may have.
+
+  Raises:
+    ValueError: it has none of them.
+  """
+  text = text.removeprefix('\n').removesuffix('\n')
+  if text.lower() == 'null':
+    return None
+  for kind in _KINDS:
+    if kind in kinds:
+      try:
+        return _decode_as(text, kind)
+      except (ValueError, RecursionError):
+        continue  # another kind may fit; if none does, it is an error below
+  if 'string' in kinds or 'unknown' in kinds:
+    return text
+  raise ValueError(f'expected {" or ".join(sorted(kinds))}')
+
+
+def _decode_as(text: str, kind: str) -> Any:
+  """`text` as exactly one kind; ValueError or RecursionError if it is not."""
+  if kind == 'boolean':
+    if text.strip().lower() not in _BOOLEANS:
+      raise ValueError(text)
+    return _BOOLEANS[text.strip().lower()]
+  if kind in ('integer', 'number') and _INTEGER.fullmatch(text):
+    return int(text)
+  if kind == 'number' and _NUMBER.fullmatch(text):
+    number = float(text)
+    if not math.isfinite(number):
+      raise ValueError(text)
+    return int(number) if number.is_integer() else number
+  if kind in ('integer', 'number'):
+    raise ValueError(text)
+  value = json.loads(text, parse_constant=_refuse)
+  if kind in _JSON_TYPES and not isinstance(value, _JSON_TYPES[kind]):
+    raise ValueError(text)
+  return value
+
+
+def _refuse(constant: str) -> None:
+  """NaN and the infinities are Python's, not JSON's."""
+  raise ValueError(f'{constant} is not JSON')

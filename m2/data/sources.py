@@ -1,0 +1,250 @@
+"""Random-access sources of rows: JSON lines, ArrayRecord, files, memory.
+
+A row is a dictionary of one of three shapes:
+
+  {'text': str}                             every token is trained
+  {'messages': [...], 'tools': [...]}       a chat; the model's turns are
+  {'tokens': [int], 'weights': [float]}     ready-made; weights are optional
+
+Row i is always the same row, in any process, and reading one row reads no
+other: a broken row is an error of its own that says where it is.
+"""
+
+import bisect
+import glob as globbing
+import json
+import os
+import pathlib
+import sysconfig
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from array_record.python import array_record_data_source
+
+Row = Mapping[str, Any]
+
+STDLIB = 'stdlib'
+# Installed packages are not the standard library; tests hold broken encodings.
+_NOT_STDLIB = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
+_SCAN = 1 << 22  # bytes read at once while indexing lines
+
+
+@runtime_checkable
+class Source(Protocol):
+  """What the pipeline reads rows from."""
+
+  def __len__(self) -> int:
+    """Number of rows."""
+    ...
+
+  def __getitem__(self, index: int) -> Row:
+    """Row `index`; ValueError says where a broken one is and why."""
+    ...
+
+  def where(self, index: int) -> str:
+    """Where a person finds row `index`, such as 'a.jsonl line 7'."""
+    ...
+
+
+class Memory:
+  """Rows that are already in memory."""
+
+  def __init__(self, rows: Sequence[Row], name: str = 'rows'):
+    """Keeps `rows`; `name` says in errors where they came from."""
+    self._rows = rows
+    self._name = name
+
+  def __len__(self) -> int:
+    """Number of rows."""
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> Row:
+    """Row `index`."""
+    return self._rows[index]
+
+  def where(self, index: int) -> str:
+    """Its index."""
+    return f'{self._name}[{index}]'
+
+
+class Files:
+  """One text row per file."""
+
+  def __init__(self, paths: Sequence[pathlib.Path]):
+    """Takes UTF-8 files, in the order given."""
+    self._paths = list(paths)
+
+  def __len__(self) -> int:
+    """Number of files."""
+    return len(self._paths)
+
+  def __getitem__(self, index: int) -> Row:
+    """The file's text.
+
+    Raises:
+      ValueError: it cannot be read or is not UTF-8.
+    """
+    try:
+      return {'text': self._paths[index].read_text(encoding='utf-8')}
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(f'{self.where(index)}: {error}') from None
+
+  def where(self, index: int) -> str:
+    """Its path."""
+    return str(self._paths[index])
+
+
+class JsonLines:
+  """One JSON object per line; blank lines are skipped."""
+
+  def __init__(self, paths: Sequence[pathlib.Path]):
+    """Indexes the lines of `paths` by their byte offsets.
+
+    Raises:
+      ValueError: a file cannot be read.
+    """
+    self._paths = list(paths)
+    self._starts = [0]  # first row of each file, then the number of rows
+    self._spans: list[np.ndarray] = []  # int64[rows, 3] begin, end, line
+    for path in self._paths:
+      try:
+        spans = _index_lines(path)
+      except OSError as error:
+        raise ValueError(f'{path}: {error}') from None
+      self._spans.append(spans)
+      self._starts.append(self._starts[-1] + len(spans))
+
+  def __len__(self) -> int:
+    """Number of lines that are not blank."""
+    return self._starts[-1]
+
+  def __getitem__(self, index: int) -> Row:
+    """The object on that line.
+
+    Raises:
+      ValueError: the line is no JSON object; the others stay readable.
+    """
+    path, begin, end, _ = self._find(index)
+    try:
+      with open(path, 'rb') as file:
+        file.seek(begin)
+        row = json.loads(file.read(end - begin).decode('utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+      raise ValueError(f'{self.where(index)}: {error}') from None
+    if not isinstance(row, dict):
+      kind = type(row).__name__
+      raise ValueError(f'{self.where(index)}: expected an object, got {kind}')
+    return row
+
+  def where(self, index: int) -> str:
+    """Its file and line."""
+    path, _, _, line = self._find(index)
+    return f'{path} line {line}'
+
+  def _find(self, index: int) -> tuple[pathlib.Path, int, int, int]:
+    if not 0 <= index < len(self):
+      raise IndexError(f'row {index} of {len(self)}')
+    file = bisect.bisect_right(self._starts, index) - 1
+    begin, end, line = self._spans[file][index - self._starts[file]]
+    return self._paths[file], int(begin), int(end), int(line)
+
+
+class ArrayRecord:
+  """One JSON object per record of ArrayRecord files."""
+
+  def __init__(self, paths: Sequence[pathlib.Path]):
+    """Opens the files.
+
+    Raises:
+      ValueError: one is no ArrayRecord file, or is cut short.
+    """
+    self._paths = [str(path) for path in paths]
+    try:
+      self._records = array_record_data_source.ArrayRecordDataSource(
+        self._paths
+      )
+      self._length = len(self._records)
+    except Exception as error:  # the library raises bare ones of several kinds
+      raise ValueError(f'{", ".join(self._paths)}: {error}') from None
+
+  def __len__(self) -> int:
+    """Number of records."""
+    return self._length
+
+  def __getitem__(self, index: int) -> Row:
+    """The object in that record.
+
+    Raises:
+      ValueError: the record is no JSON object.
+    """
+    try:
+      row = json.loads(self._records[index])
+    except (ValueError, RecursionError, RuntimeError) as error:
+      raise ValueError(f'{self.where(index)}: {error}') from None
+    if not isinstance(row, dict):
+      kind = type(row).__name__
+      raise ValueError(f'{self.where(index)}: expected an object, got {kind}')
+    return row
+
+  def where(self, index: int) -> str:
+    """Its index over all the files."""
+    return f'{", ".join(self._paths)} record {index}'
+
+
+KINDS = {'files': Files, 'jsonl': JsonLines, 'array_record': ArrayRecord}
+
+
+def make(kind: str, path: str) -> Source:
+  """Opens a source.
+
+  Args:
+    kind: files, jsonl or array_record.
+    path: files and globs, separated by commas, taken in the order given (a
+      glob's in sorted order); 'stdlib' stands for the sources of the running
+      Python's standard library.
+
+  Raises:
+    ValueError: nothing matches, or a file cannot be opened.
+  """
+  if kind not in KINDS:
+    raise ValueError(f'source {kind!r}: choose one of {", ".join(KINDS)}')
+  if path == STDLIB:
+    return KINDS[kind](_stdlib())
+  paths: list[pathlib.Path] = []
+  for pattern in filter(None, map(str.strip, path.split(','))):
+    found = sorted(globbing.glob(pattern, recursive=True))
+    files = [pathlib.Path(name) for name in found if os.path.isfile(name)]
+    if not files:
+      hint = '; a folder needs a glob such as folder/**/*' if found else ''
+      raise ValueError(f'{pattern!r} matches no file{hint}')
+    paths += files
+  if not paths:
+    raise ValueError(f'path {path!r} names no file')
+  return KINDS[kind](paths)
+
+
+def _stdlib() -> list[pathlib.Path]:
+  root = pathlib.Path(sysconfig.get_path('stdlib'))
+  paths = (p.relative_to(root) for p in root.rglob('*.py'))
+  return [root / p for p in sorted(paths) if not _NOT_STDLIB & set(p.parts)]
+
+
+def _index_lines(path: pathlib.Path) -> np.ndarray:
+  """Begin, end and number of each line that is not blank: int64[N, 3]."""
+  ends = []
+  at = 0
+  with open(path, 'rb') as file:
+    while chunk := file.read(_SCAN):
+      newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord('\n'))
+      ends.append(newlines.astype(np.int64) + at)
+      at += len(chunk)
+    ends = np.concatenate([*ends, np.asarray([at], np.int64)])
+    begins = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
+    lines = np.stack([begins, ends, np.arange(1, len(ends) + 1)], axis=1)
+    keep = ends > begins
+    # Only short lines can be blank; long ones need not be read to know.
+    for index in np.flatnonzero(keep & (ends - begins < 64)):
+      file.seek(begins[index])
+      keep[index] = bool(file.read(ends[index] - begins[index]).strip())
+  return lines[keep]

@@ -1,0 +1,253 @@
+"""Text to ids and back: a thin layer over Hugging Face `tokenizers`.
+
+Two ways in, because text has two kinds of authors. `encode` is for text whose
+special tokens are meant (a prompt written by hand, a file of rendered chats).
+`encode_plain` is for everybody else's text: `[e~[` in a web page or in a
+tool's output becomes ordinary ids. `encode_rendered` combines them for a
+rendered conversation and gives each token its training weight.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from m2.data import markup, template
+
+# M2's pre-tokeniser: runs of letters that respect case, with a contraction;
+# digits by three; punctuation, which may swallow the line ends and slashes
+# behind it; whitespace, which leaves its last blank to the next word.
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER = r'\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}'
+_LOWER = r'\p{Ll}\p{Lm}\p{Lo}\p{M}'
+PATTERN = '|'.join(
+  (
+    rf'[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTION}',
+    rf'[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTION}',
+    r'\p{N}{1,3}',
+    r' ?[^\s\p{L}\p{N}]+[\r\n/]*',
+    r'\s*[\r\n]+',
+    r'\s+(?!\S)',
+    r'\s+',
+  )
+)
+_BYTES = 256
+_LONGEST_CACHED = 512  # characters of a text whose ids are remembered
+_CACHE_ENTRIES = 50_000
+
+
+class Tokenizer:
+  """A tokenizer with M2's special tokens at their roles.
+
+  Attributes:
+    eos_id: ends a message, `[e~[`.
+    bos_id: starts a conversation; None in a tokenizer that is not M2's.
+    role_id: starts a role's block; None likewise.
+    pad_id: fills rows where nothing is trained or seen.
+    size: smallest vocabulary a model needs: the greatest id + 1.
+  """
+
+  def __init__(self, text: str):
+    """Builds the tokenizer from the text of a `tokenizer.json`.
+
+    Raises:
+      ValueError: the text is no tokenizer, has no `[e~[`, or can spell a
+        special token with ordinary ones.
+    """
+    try:
+      tree = json.loads(text)
+      self._special = tokenizers.Tokenizer.from_str(text)
+      # The same without special tokens: no input can reach them.
+      tree.update(added_tokens=[], post_processor=None)
+      self._plain = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    except Exception as error:  # the library raises bare Exception
+      raise ValueError(f'not a tokenizer.json: {error}') from None
+    for backend in (self._special, self._plain):
+      backend.no_truncation()
+      backend.no_padding()
+    self._ids = {
+      token: id
+      for token in markup.SPECIALS
+      if (id := self._special.token_to_id(token)) is not None
+    }
+    if markup.EOS not in self._ids:
+      raise ValueError(
+        f'the tokenizer has no end token {markup.EOS!r}; add it to the '
+        'added_tokens of its tokenizer.json'
+      )
+    self._cache: dict[str, list[int]] = {}
+    self.eos_id = self._ids[markup.EOS]
+    self.bos_id = self._ids.get(markup.BOS)
+    self.role_id = self._ids.get(markup.ROLE)
+    self.pad_id = self._ids.get(markup.PAD, self.eos_id)
+    self.size = (
+      max(self._special.get_vocab(with_added_tokens=True).values()) + 1
+    )
+    for token, id in self._ids.items():
+      if id in _encode(self._plain, token):
+        raise ValueError(f'ordinary text can spell the special token {token!r}')
+
+  def __reduce__(self):
+    """Pickles as its text, for the processes that prepare data."""
+    return Tokenizer, (self.to_text(),)
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of trusted text: special tokens written in it become special ids."""
+    return _encode(self._special, text)
+
+  def encode_plain(self, text: str) -> list[int]:
+    """Ids of anybody's text: never a special id, whatever it says.
+
+    Raises:
+      ValueError: the text has lone surrogates, which no bytes stand for.
+    """
+    ids = self._cache.get(text)
+    if ids is None:
+      ids = _encode(self._plain, text)
+      if len(text) <= _LONGEST_CACHED:
+        if len(self._cache) >= _CACHE_ENTRIES:
+          self._cache.clear()
+        self._cache[text] = ids
+    return list(ids)
+
+  def encode_rendered(
+    self, rendered: template.Rendered
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a rendered conversation and the training weight of each.
+
+    The ids are the prompt's followed by what sampling from it would give: each
+    span is tokenised by itself. Only the template's own special tokens become
+    special ids.
+
+    Returns:
+      ids int32[N] and weights float32[N], 1 where the model itself produces
+      the token and 0 elsewhere.
+
+    Raises:
+      ValueError: the tokenizer lacks a special token that the template uses.
+    """
+    ids: list[int] = []
+    weights: list[float] = []
+    for piece in rendered.pieces():
+      if not piece.special:
+        added = self.encode_plain(piece.text)
+      elif piece.text in self._ids:
+        added = [self._ids[piece.text]]
+      else:
+        raise ValueError(
+          f'the tokenizer has no special token {piece.text!r}, which the chat '
+          'template needs; train one with M2 tokens or use text rows'
+        )
+      ids += added
+      weights += [float(piece.trained)] * len(added)
+    return np.asarray(ids, np.int32), np.asarray(weights, np.float32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of `ids`, special tokens included.
+
+    Bytes that are no UTF-8 (a character cut in two) become U+FFFD.
+
+    Raises:
+      ValueError: an id is outside the vocabulary.
+    """
+    ids = [int(id) for id in ids]
+    for id in ids:
+      if not 0 <= id < self.size:
+        raise ValueError(f'id {id} is not in the vocabulary of {self.size}')
+    return self._special.decode(ids, skip_special_tokens=False)
+
+  def to_text(self) -> str:
+    """The text of its `tokenizer.json`."""
+    return self._special.to_str(pretty=False)
+
+  def save(self, path: str | os.PathLike) -> None:
+    """Writes `tokenizer.json`; a reader never sees half a file."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f'{path.name}.{os.getpid()}')
+    fresh.write_text(self.to_text(), encoding='utf-8')
+    fresh.replace(path)
+
+  def fingerprint(self) -> str:
+    """A short hash of everything that decides the ids of a text."""
+    return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+  try:
+    return backend.encode(text, add_special_tokens=False).ids
+  except TypeError:
+    raise ValueError(
+      f'{text!r:.200} is not text that UTF-8 can write'
+    ) from None
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+  """Reads a Hugging Face `tokenizer.json`, or the directory that holds one.
+
+  Raises:
+    ValueError: no such file, not a tokenizer, or one without `[e~[`; names
+      the path.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    path = path / 'tokenizer.json'
+  try:
+    return Tokenizer(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise ValueError(f'tokenizer {path}: {error}') from None
+
+
+def train(texts: Iterable[str], vocab: int) -> Tokenizer:
+  """Trains a byte-level BPE on `texts`; the same texts give the same ids.
+
+  Ids 0 to 8 are M2's special tokens (0 pads), 9 to 264 the bytes, then merges.
+
+  Args:
+    texts: plain text, without special tokens.
+    vocab: most ids to use; fewer come out where the texts have no more pairs.
+
+  Raises:
+    ValueError: `vocab` has no room for bytes and special tokens, or there is
+      no text.
+  """
+  least = _BYTES + len(markup.SPECIALS)
+  if vocab < least:
+    raise ValueError(
+      f'vocab={vocab} is too small: {_BYTES} bytes and {len(markup.SPECIALS)} '
+      f'special tokens need at least {least}'
+    )
+  backend = tokenizers.Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(PATTERN), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  backend.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab,
+    special_tokens=[
+      tokenizers.AddedToken(token, special=True, normalized=False)
+      for token in markup.SPECIALS
+    ],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  read = 0
+
+  def counted():
+    nonlocal read
+    for text in texts:
+      read += len(text)
+      yield text
+
+  backend.train_from_iterator(counted(), trainer)
+  if not read:
+    raise ValueError('there is no text to train the tokenizer on')
+  return Tokenizer(backend.to_str())

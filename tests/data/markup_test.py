@@ -1,0 +1,112 @@
+"""Values of tool calls: what a schema makes of raw text."""
+
+from absl.testing import absltest, parameterized
+
+from m2.data import markup
+
+
+def kinds(*names):
+  return frozenset(names)
+
+
+class DecodeTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('text', ('string',), 'text'),
+    ('\ntext\n', ('string',), 'text'),
+    ('\n\ntext\n\n', ('string',), '\ntext\n'),
+    ('5', ('string',), '5'),
+    ('', ('string',), ''),
+    ('NULL', ('string',), None),
+    ('null', ('integer',), None),
+    ('12', ('integer',), 12),
+    (' -7 ', ('integer',), -7),
+    ('2.5', ('number',), 2.5),
+    ('3.0', ('number',), 3),
+    ('1e3', ('number',), 1000),
+    ('12345678901234567890', ('number',), 12345678901234567890),
+    ('true', ('boolean',), True),
+    ('1', ('boolean',), True),
+    ('False', ('boolean',), False),
+    ('[1, "é"]', ('array',), [1, 'é']),
+    ('{"a": null}', ('object',), {'a': None}),
+    ('{"a": 1}', ('unknown',), {'a': 1}),
+    ('{a', ('unknown',), '{a'),
+    ('7', ('integer', 'string'), 7),
+    ('seven', ('integer', 'string'), 'seven'),
+    ('1', ('integer', 'boolean'), 1),
+  )
+  def test_follows_the_rule(self, text, names, expected):
+    value = markup.decode(text, kinds(*names))
+    self.assertEqual(value, expected)
+    self.assertIs(type(value), type(expected))
+
+  @parameterized.parameters(
+    ('2.5', 'integer'),
+    ('1_000', 'integer'),
+    ('', 'integer'),
+    ('9' * 5000, 'integer'),
+    ('nan', 'number'),
+    ('1e999', 'number'),
+    ('1_0.5', 'number'),
+    ('yes', 'boolean'),
+    ('{"a": 1}', 'array'),
+    ('[1', 'array'),
+    ('[NaN]', 'array'),
+    ('[' * 100_000, 'array'),
+    ('[1]', 'object'),
+  )
+  def test_refuses_what_does_not_fit(self, text, kind):
+    with self.assertRaisesRegex(ValueError, f'expected {kind}'):
+      markup.decode(text, kinds(kind))
+
+
+class ToolsTest(parameterized.TestCase):
+  def test_reads_types_from_any_form_of_schema(self):
+    tools = markup.read_tools(
+      [
+        {
+          'name': 'f',
+          'parameters': {
+            'properties': {
+              'a': {'type': ['integer', 'null']},
+              'b': {'anyOf': [{'type': 'number'}, {'type': 'array'}]},
+              'c': {'description': 'no type'},
+              'd': {'type': 'date'},
+            },
+            'required': ['a'],
+            'additionalProperties': False,
+          },
+        }
+      ]
+    )
+    self.assertEqual(
+      tools['f'].kinds,
+      {
+        'a': {'integer', 'null'},
+        'b': {'number', 'array'},
+        'c': {'string'},
+        'd': {'unknown'},
+      },
+    )
+    self.assertEqual(tools['f'].required, ('a',))
+    self.assertTrue(tools['f'].closed)
+
+  @parameterized.parameters(
+    ({'type': 'function'},),
+    ({'function': {'name': 3}},),
+    ('f',),
+    ({'name': 'f', 'parameters': 'none'},),
+    ({'name': 'f', 'parameters': {'properties': [1]}},),
+  )
+  def test_refuses_what_is_no_tool(self, tool):
+    with self.assertRaises(ValueError):
+      markup.read_tools([tool])
+
+  def test_refuses_what_is_not_json(self):
+    for value in (float('nan'), object(), {1, 2}):
+      with self.assertRaisesRegex(ValueError, 'is not JSON'):
+        markup.encode(value)
+
+
+if __name__ == '__main__':
+  absltest.main()
