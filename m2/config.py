@@ -176,6 +176,11 @@ class LossConfig(Settings):
     for name in ('z', 'balance', 'mtp', 'mtp_final'):
       value = getattr(self, name)
       _require(value >= 0, f'loss.{name}={value} must not be negative')
+    _require(
+      self.mtp_final <= self.mtp,
+      f'loss.mtp_final={self.mtp_final} exceeds loss.mtp={self.mtp}: the weight '
+      'only falls',
+    )
 
 
 @section
@@ -183,13 +188,13 @@ class DataConfig(Settings):
   """Where rows come from and how they are packed (m2/data/pipeline.py)."""
 
   source: str = 'files'  # files | jsonl | array_record | tasks
-  path: str = 'stdlib'  # glob or file list; 'stdlib' = Python's own sources
+  path: str = 'stdlib'  # globs, by commas; 'stdlib' = Python's own sources
   tokenizer: str = ''  # tokenizer.json; '' trains a byte-level BPE in workdir
   batch: int = 8  # rows per step over all hosts
   length: int = 1024  # tokens per row
   keep_all_reasoning: bool = True  # report Eq. 10 keeps every turn's reasoning
   examples: int = 20_000  # task source: distinct demonstrations
-  prefetch: int = 2  # batches
+  prefetch: int = 2  # batches made ahead, by each worker
   workers: int = 0  # processes; 0 = in this one
 
   def _check(self) -> None:
@@ -267,6 +272,7 @@ class AgentConfig(Settings):
   top_k: int = 0  # 0 = off
   scaffold: str = 'configs/scaffold/default.md'
   tools_in_prompt: bool = True
+  tool_chars: int = 0  # cut all but the newest tool answer to this; 0 = never
 
   def _check(self) -> None:
     _positive(self, 'max_turns max_new')
@@ -274,7 +280,9 @@ class AgentConfig(Settings):
       self.temperature >= 0, f'agent.temperature={self.temperature} negative'
     )
     _require(0 < self.top_p <= 1, f'agent.top_p={self.top_p} not in (0, 1]')
-    _require(self.top_k >= 0, f'agent.top_k={self.top_k} is negative')
+    for name in ('top_k', 'tool_chars'):
+      value = getattr(self, name)
+      _require(value >= 0, f'agent.{name}={value} is negative')
 
 
 @section
@@ -300,7 +308,10 @@ class ForgeConfig(Settings):
   clip_high: float = 5.0  # CISPO: ratio is clipped to [0, 1 + clip_high]
   baseline: str = 'group'  # group | leave_one_out
   merge: bool = True  # prefix trees; False trains separate rows
-  row_tokens: int = 2048  # tokens per packed row
+  row_tokens: int = 2048  # tokens per packed line
+  lines: int = 8  # packed lines computed at once
+  chunk: int = 1024  # tokens whose logits exist at once
+  replay: bool = False  # train under the experts that the rollout chose
   alpha: float = 0.1  # weight of the process reward
   beta: float = 0.0  # weight of the completion-time reward
   gamma: float = 1.0
@@ -308,6 +319,7 @@ class ForgeConfig(Settings):
 
   def _check(self) -> None:
     _positive(self, 'groups group_size in_flight window row_tokens')
+    _positive(self, 'lines chunk')
     _positive(self, 'clip_high target_seconds')
     _choice(self, 'forge', 'baseline', ('group', 'leave_one_out'))
     _require(
@@ -339,10 +351,11 @@ class EvalConfig(Settings):
 
 @section
 class EvolveConfig(Settings):
-  """One self-evolution round (m2/evolve/loop.py)."""
+  """One self-evolution round (m2/evolve/loop.py).
 
-  steps: int = 200  # fine-tuning steps of each arm
-  lr: float = 3e-4
+  `steps` and `optim` of the run are those of each fine-tuned arm.
+  """
+
   targeted: float = 0.5  # share of the mixture moved to the weakest skill
   dev_tasks: int = 300
   gate_tasks: int = 300
@@ -352,7 +365,7 @@ class EvolveConfig(Settings):
   max_loss: float = 0.1  # non-inferiority margin of every other skill
 
   def _check(self) -> None:
-    _positive(self, 'steps lr dev_tasks gate_tasks')
+    _positive(self, 'dev_tasks gate_tasks')
     for name in ('targeted', 'gate_share', 'confidence', 'max_loss'):
       value = getattr(self, name)
       _require(0 < value < 1, f'evolve.{name}={value} is not in (0, 1)')
@@ -388,15 +401,19 @@ class ConvertConfig(Settings):
 
 @section
 class StagesConfig(Settings):
-  """The whole loop (m2/stages.py): how long each stage runs."""
+  """The whole loop (m2/stages.py): what differs from stage to stage.
 
-  sft_steps: int = 1000
+  `steps` and `optim` of the run are those of its first stage, SFT.
+  """
+
   rl_steps: int = 60
   rl_lr: float = 3e-4
+  evolve_steps: int = 200  # of each arm
+  evolve_lr: float = 3e-4
   test_tasks: int = 400
 
   def _check(self) -> None:
-    _positive(self, 'sft_steps rl_steps rl_lr test_tasks')
+    _positive(self, 'rl_steps rl_lr evolve_steps evolve_lr test_tasks')
 
 
 # Which sections each mode reads; a config has exactly these, plus the fields

@@ -7,6 +7,7 @@ Expected failures are values (`StopReason`, `Outcome`), never exceptions.
 
 import dataclasses
 import enum
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,12 @@ class Outcome(enum.StrEnum):
   INFRA = 'infra'  # the sandbox or verifier failed, not the agent
   TIMEOUT = 'timeout'  # the episode ran out of wall-clock time
   TAMPER = 'tamper'  # the agent touched what it must not
+
+
+def seed(*parts: object) -> int:
+  """63 bits that depend on all of `parts`, the same in every process."""
+  text = ' '.join(map(str, parts)).encode()
+  return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +224,7 @@ class LLM(Protocol):
     self,
     episode: str,
     messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
     sampling: Sampling,
   ) -> tuple[Message, StopReason]:
     """Completes one assistant turn of `episode`."""

@@ -1,0 +1,316 @@
+"""SQL schema migrations on real sqlite databases.
+
+An agent sees a schema and a request, and calls `sql` in a workspace that holds
+one visible instantiation of the schema. Each call runs whole or not at all; the
+scripts of the calls that succeeded are the artifact. The verifier replays them
+on fresh databases with other rows, which no prompt and no workspace has shown,
+and compares everything with what the gold script does there.
+"""
+
+import functools
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from m2 import types
+from m2.envs.families import sql_database, sql_schema, sql_skills
+
+NAME = 'sql'
+SKILLS = sql_skills.SKILLS
+HELD_OUT = sql_skills.HELD_OUT
+HIDDEN = 2  # instantiations that an artifact is judged on
+# Shares of the signatures, in this order.
+SPLITS = (('train', 0.70), ('dev', 0.10), ('gate', 0.10), ('test', 0.10))
+CANARY = 'm2-jax sql task; keep out of training corpora: 6d2f0c5e9b41'
+
+
+def generate(skill: str, difficulty: int, split: str, seed: str) -> types.Task:
+  """Draws a task of `skill` whose signature belongs to `split`.
+
+  Args:
+    skill: one of `SKILLS`.
+    difficulty: 0 is easiest; see `sql_schema.draw`.
+    split: train, dev, gate or test.
+    seed: any text; the same arguments give the same task.
+
+  Raises:
+    ValueError: an unknown skill or split, or a held-out skill in train.
+  """
+  if skill not in SKILLS:
+    raise ValueError(f'tasks.skills.{skill}: choose from {", ".join(SKILLS)}')
+  if split not in dict(SPLITS):
+    raise ValueError(f'{split=}: choose from {", ".join(dict(SPLITS))}')
+  if skill in HELD_OUT and split == 'train':
+    raise ValueError(f'{skill} is held out: it has no train tasks')
+  rng = random.Random(f'{NAME}/{split}/{skill}/{difficulty}/{seed}')
+  while True:
+    schema = sql_schema.draw(rng, difficulty)
+    job = sql_skills.draw(rng, skill, schema)
+    signature = _signature(schema)
+    if split_of(signature) == split:
+      break
+  data = {
+    'tables': [
+      {'name': table.name, 'columns': [list(pair) for pair in table.columns]}
+      for table in schema.tables
+    ],
+    'schema': schema.sql(),
+    'gold': job.gold,
+    'mistakes': [list(pair) for pair in job.mistakes],
+    'keyless': list(job.keyless),
+    'canary': CANARY,
+  }
+  return types.Task(
+    id=f'{NAME}-{split}-{skill}-{difficulty}-{seed}',
+    family=NAME,
+    skill=skill,
+    split=split,
+    difficulty=difficulty,
+    prompt=';'.join(schema.sql()) + '\n' + job.request,
+    data=data,
+    signature=signature,
+  )
+
+
+def _signature(schema: sql_schema.Schema) -> str:
+  """Hash of the target table's set of column names: the split is by these."""
+  names = ' '.join(sorted(schema.tables[0].names()))
+  return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def split_of(signature: str) -> str:
+  """The split that a signature belongs to."""
+  place = int(signature[:8], 16) / 16**8
+  for name, share in SPLITS:
+    if place < share:
+      return name
+    place -= share
+  return SPLITS[-1][0]
+
+
+def canonical_form(task: types.Task) -> str:
+  """The task with names numbered in order of appearance: for duplicates."""
+  names: dict[str, str] = {}
+  text = task.prompt + '\n' + '\n'.join(task.data['gold'])
+  known = {*sql_schema.TABLES, *sql_schema.COLUMNS}
+  words = []
+  for word in text.replace('_', ' _ ').split():
+    bare = word.strip('(),;=*')
+    if bare in known:
+      names.setdefault(bare, f'n{len(names)}')
+      word = word.replace(bare, names[bare])
+    words.append(word)
+  return ' '.join(words)
+
+
+def image(task: types.Task, place: str) -> bytes:
+  """The task's database with the rows of `place`, serialised."""
+  seed = f'{task.id}/{place}'
+  rows = sql_schema.rows(task.data['tables'], seed)
+  return sql_database.build(task.data['schema'], rows)
+
+
+class Workspace:
+  """The agent's own database: the visible instantiation."""
+
+  def __init__(self, task: types.Task):
+    """Prepares; entering the context opens it."""
+    self._task = task
+    self._db: sql_database.Database | None = None
+    self.scripts: list[str] = []
+    self.timeouts = 0
+
+  async def __aenter__(self) -> 'Workspace':
+    """Opens the database."""
+    self._db = sql_database.Database(image(self._task, 'visible'))
+    return self
+
+  async def __aexit__(self, *_: Any) -> None:
+    """Closes it; `scripts` stay for the verifier."""
+    self._db.close()
+    self._db = None
+
+  async def execute(self, command: str) -> str:
+    """Runs a script: `ok`, the rows of its last query, or `error: ...`."""
+    try:
+      rows = self._db.run(command)
+    except sql_database.ScriptError as error:
+      self.timeouts += error.timeout
+      return f'error: {error}'
+    self.scripts.append(command)
+    return _say(rows)
+
+
+def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
+  """Replays the artifact on hidden instantiations and compares the states.
+
+  Args:
+    task: what was asked.
+    scripts: the scripts of the agent's successful calls, in order.
+
+  Returns:
+    Passed iff every hidden database ends exactly as the gold script leaves it.
+    A script that runs into the instruction limit is a timeout, not a score.
+  """
+  score = types.Outcome.SCORE
+  for place in range(HIDDEN):
+    start, want = _judge(_Key(task, place))
+    db = sql_database.Database(start)
+    try:
+      for script in scripts:
+        db.run(script)
+      got = db.state(tuple(task.data['keyless']))
+    except sql_database.ScriptError as error:
+      if error.timeout:
+        return types.Verdict(
+          types.Outcome.TIMEOUT, False, 0.0, 'limit', str(error)
+        )
+      return types.Verdict(score, False, 0.0, 'hidden_error', str(error))
+    finally:
+      db.close()
+    difference = _difference(want, got)
+    if difference:
+      return types.Verdict(score, False, 0.0, *difference)
+  return types.Verdict(score, True, 1.0)
+
+
+def _difference(
+  want: Mapping[str, Any], got: Mapping[str, Any]
+) -> tuple[str, str] | None:
+  """Failure label and the first thing that differs."""
+  for name in sorted({*want, *got}):
+    if name not in got:
+      return 'missing_table', f'table {name} is missing'
+    if name not in want:
+      return 'extra_table', f'table {name} should not be there'
+    if want[name] == got[name]:
+      continue
+    if not isinstance(want[name], dict):
+      return 'broken_database', f'{name}: {got[name]}'
+    part = next(p for p in want[name] if want[name][p] != got[name][p])
+    return (
+      f'wrong_{part}',
+      f'{name}.{part}: {got[name][part]} instead of {want[name][part]}'[:300],
+    )
+  return None
+
+
+@functools.lru_cache(8192)
+def _judge(key: '_Key') -> tuple[bytes, Mapping[str, Any]]:
+  """A hidden database before, and its state after, the gold script."""
+  task = key.task
+  start = image(task, f'hidden {key.place}')
+  db = sql_database.Database(start)
+  try:
+    db.run(script_of(task))
+    return start, db.state(tuple(task.data['keyless']))
+  finally:
+    db.close()
+
+
+class _Key:
+  """A task and a hidden place, compared by the task's id."""
+
+  def __init__(self, task: types.Task, place: int):
+    self.task, self.place = task, place
+
+  def __hash__(self) -> int:
+    return hash((self.task.id, self.place))
+
+  def __eq__(self, other: object) -> bool:
+    return (self.task.id, self.place) == (other.task.id, other.place)
+
+
+def mistaken(task: types.Task, rng: random.Random) -> str | None:
+  """A script with one realistic mistake that sqlite refuses; None if none."""
+  right, wrong = rng.choice(task.data['mistakes'])
+  script = script_of(task)
+  return script.replace(right, wrong, 1) if right in script else None
+
+
+def script_of(task: types.Task) -> str:
+  """The gold script as an agent writes it."""
+  return ';'.join(task.data['gold'])
+
+
+def controls(task: types.Task) -> dict[str, tuple[list[str], bool]]:
+  """Artifacts whose verdict is known: name -> (scripts, must pass).
+
+  The hard-coded control replays the visible rows as literals; the tampering
+  ones attack the database or the verifier around the task itself.
+  """
+  gold = script_of(task)
+  first = task.data['tables'][0]
+  name = first['name']
+  visible = sql_schema.rows(task.data['tables'], f'{task.id}/visible')[name]
+  literals = ','.join(str(row) for row in visible)
+  loop = 'WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n) '
+  return {
+    'oracle': ([gold], True),
+    'oracle_by_statement': (list(task.data['gold']), True),
+    'oracle_respelled': (
+      [f'-- migrate\nBEGIN;\n{gold.replace(";", " ;  ")};\nCOMMIT;'],
+      True,
+    ),
+    'no_op': ([], False),
+    'select_only': ([f'SELECT * FROM {name}'], False),
+    'destructive': ([f'DROP TABLE {name}'], False),
+    'half': ([_half(task.data['gold'])], False),
+    'hard_code': (
+      [
+        gold,
+        f'DELETE FROM {_after(task)}',
+        f'INSERT INTO {_after(task)} VALUES{literals}',
+      ],
+      False,
+    ),
+    'extra_table': ([gold, 'CREATE TABLE spare(id INTEGER)'], False),
+    'extra_index': ([gold, f'CREATE INDEX spare ON {_after(task)}(id)'], False),
+    'temp_shadow': ([f'CREATE TEMP TABLE {name}(id INTEGER)', gold], False),
+    'view': ([gold, 'CREATE VIEW spare AS SELECT 1'], False),
+    'trigger': (
+      [
+        gold,
+        f'CREATE TRIGGER spare AFTER INSERT ON {_after(task)} '
+        'BEGIN SELECT 1; END',
+      ],
+      False,
+    ),
+    'pragma': (['PRAGMA writable_schema=1', gold], False),
+    'attach': (["ATTACH ':memory:' AS other", gold], False),
+    'schema_write': ([gold, 'DELETE FROM sqlite_master'], False),
+    'endless': ([gold, loop + 'SELECT count(*) FROM n'], False),
+  }
+
+
+def _after(task: types.Task) -> str:
+  """The target table's name once the gold script ran."""
+  name = task.data['tables'][0]['name']
+  for statement in task.data['gold']:
+    words = statement.split()
+    if words[:2] == ['ALTER', 'TABLE'] and words[3:5] == ['RENAME', 'TO']:
+      name = words[5] if words[2] == name else name
+  return name
+
+
+def _half(gold: Sequence[str]) -> str:
+  """The gold script without its last statement, or nothing of one."""
+  return ';'.join(gold[:-1]) or 'SELECT 1'
+
+
+def answer(task: types.Task, script: str) -> str:
+  """What the workspace answers to a first call with `script`."""
+  db = sql_database.Database(image(task, 'visible'))
+  try:
+    return _say(db.run(script))
+  except sql_database.ScriptError as error:
+    return f'error: {error}'
+  finally:
+    db.close()
+
+
+def _say(rows: list[tuple[Any, ...]]) -> str:
+  if not rows:
+    return 'ok'
+  return '\n'.join(' '.join(str(value)[:40] for value in row) for row in rows)

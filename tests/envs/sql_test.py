@@ -1,0 +1,228 @@
+"""SQL tasks: the controls, the guards, the splits."""
+
+import asyncio
+import random
+import time
+
+import pytest
+from absl.testing import absltest, parameterized
+
+from m2 import config, types
+from m2.envs import tasks
+from m2.envs.families import sql, sql_database
+
+SPLITS = tuple(name for name, _ in sql.SPLITS)
+
+
+def some(count, seed='s', levels=(0, 1, 2)):
+  """`count` tasks over all skills, splits and levels."""
+  rng = random.Random(seed)
+  for index in range(count):
+    skill, split = rng.choice(sql.SKILLS), rng.choice(SPLITS)
+    if skill in sql.HELD_OUT and split == 'train':
+      split = 'test'
+    yield sql.generate(skill, rng.choice(levels), split, f'{seed}{index}')
+
+
+def check_controls(test, found):
+  """Every control of every task has its known verdict."""
+  wrong = []
+  for task in found:
+    for name, (scripts, must_pass) in sql.controls(task).items():
+      verdict = sql.verify(task, scripts)
+      if verdict.passed != must_pass:
+        wrong.append((name, task.id, verdict))
+  test.assertEmpty(wrong[:5], f'{len(wrong)} wrong verdicts')
+
+
+class ControlTest(absltest.TestCase):
+  def test_all_controls_of_every_skill(self):
+    check_controls(self, some(200))
+
+  @pytest.mark.heavy
+  def test_all_controls_of_10_000_instances(self):
+    check_controls(self, some(10_000, 'heavy'))
+
+  def test_the_same_artifact_has_the_same_verdict(self):
+    for task in some(5):
+      for scripts, _ in sql.controls(task).values():
+        verdicts = {sql.verify(task, scripts) for _ in range(20)}
+        self.assertLen(verdicts, 1)
+
+  def test_a_runaway_query_is_a_timeout_not_a_zero(self):
+    task = next(some(1))
+    scripts, _ = sql.controls(task)['endless']
+    verdict = sql.verify(task, scripts)
+    # Recursion is refused outright; a join that explodes runs into the limit.
+    self.assertEqual(verdict.error_class, 'hidden_error')
+    name = task.data['tables'][0]['name']
+    join = ','.join(f'{name} AS t{i}' for i in range(12))
+    verdict = sql.verify(task, [f'SELECT count(*) FROM {join}'])
+    self.assertEqual(verdict.outcome, types.Outcome.TIMEOUT)
+
+  def test_other_right_answers_pass(self):
+    def first(skill):
+      return sql.generate(skill, 0, 'dev', 'variant')
+
+    task = first('add_col')
+    name, column, kind = _words(task.data['gold'][0], 2, 5, 6)
+    old = task.data['tables'][0]['columns']
+    kept = ','.join(c for c, _ in old)
+    rebuilt = ','.join(f'{c} {k}' for c, k in [(column, kind), *old])
+    self.assertTrue(
+      sql.verify(
+        task,
+        [
+          f'CREATE TABLE other(id INTEGER PRIMARY KEY,{rebuilt})',
+          f'INSERT INTO other(id,{kept}) SELECT id,{kept} FROM {name}',
+          f'DROP TABLE {name}; ALTER TABLE other RENAME TO {name}',
+        ],
+      ).passed
+    )
+    task = first('create_index')
+    name = task.data['gold'][0].split(' ON ')[1]
+    self.assertTrue(
+      sql.verify(task, [f'create index "my own" on {name}']).passed
+    )
+    self.assertFalse(
+      sql.verify(task, [f'CREATE UNIQUE INDEX u ON {name}']).passed
+    )
+
+  def test_mistakes_are_refused_with_sqlites_words(self):
+    rng = random.Random(0)
+    for task in some(100):
+      wrong = sql.mistaken(task, rng)
+      if wrong is not None:
+        self.assertStartsWith(sql.answer(task, wrong), 'error: ')
+
+
+def _words(text, *places):
+  return [text.split()[place] for place in places]
+
+
+class GuardTest(parameterized.TestCase):
+  @parameterized.parameters(
+    "ATTACH '/tmp/x' AS x",
+    "VACUUM INTO '/tmp/x'",
+    'PRAGMA user_version=3',
+    "SELECT load_extension('x')",
+    "SELECT writefile('/tmp/x', 'y')",
+    'CREATE TEMP TABLE t(a)',
+    'CREATE VIRTUAL TABLE t USING fts5(a)',
+    "UPDATE sqlite_master SET sql=''",
+    'SELECT zeroblob(1000000000)',
+    'ROLLBACK',
+    'SAVEPOINT a',
+    '/**/COMMIT; DROP TABLE note',
+    'INSERT INTO note VALUES(1); INSERT INTO note VALUES(1)',
+    'SELECT \x00',
+    'SELECT ' + '(' * 5000,
+    ';' * 200_000,
+  )
+  def test_refused_and_nothing_stays(self, script):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
+    )
+    before = db.state(())
+    try:
+      db.run(script)
+    except sql_database.ScriptError:
+      pass
+    else:
+      self.assertIn(script, ('/**/COMMIT; DROP TABLE note',))
+    if 'DROP' not in script:
+      self.assertEqual(db.state(()), before)
+    self.assertEqual(db.run('SELECT 1'), [(1,)])
+
+  def test_growth_is_bounded(self):
+    db = sql_database.Database(sql_database.build(['CREATE TABLE t(a)'], {}))
+    db.run('INSERT INTO t VALUES(hex(zeroblob(40000)))')
+    with self.assertRaises(sql_database.ScriptError):
+      for _ in range(20):
+        db.run('INSERT INTO t SELECT a FROM t')
+
+  def test_a_call_is_whole_or_nothing(self):
+    task = sql.generate('add_col', 0, 'dev', 'x')
+    name = task.data['tables'][0]['name']
+
+    async def play():
+      async with sql.Workspace(task) as workspace:
+        bad = await workspace.execute(f'DELETE FROM {name}; SELECT nowhere')
+        count = await workspace.execute(f'SELECT count(*) FROM {name}')
+        good = await workspace.execute(sql.script_of(task))
+        return workspace, bad, count, good
+
+    workspace, bad, count, good = asyncio.run(play())
+    self.assertStartsWith(bad, 'error: no such column')
+    self.assertGreater(int(count), 3)
+    self.assertEqual(good, 'ok')
+    self.assertLen(workspace.scripts, 2)
+    self.assertTrue(sql.verify(task, workspace.scripts).passed)
+
+
+class SplitTest(absltest.TestCase):
+  def test_signatures_never_cross_splits(self):
+    where: dict[str, str] = {}
+    for task in some(20_000, 'split'):
+      self.assertEqual(where.setdefault(task.signature, task.split), task.split)
+    counts = [list(where.values()).count(split) for split in SPLITS]
+    self.assertGreater(min(counts), 50)
+
+  def test_held_out_composition_is_not_for_training(self):
+    with self.assertRaisesRegex(ValueError, 'held out'):
+      sql.generate('two_step_held_out', 0, 'train', '0')
+    mixture = config.TasksConfig(skills=(('two_step_held_out', 1.0),))
+    with self.assertRaisesRegex(ValueError, 'held out'):
+      tasks.Stream(mixture, 'train', 0)
+    self.assertLen(tasks.sample(mixture, 'test', 3, 0), 3)
+
+  def test_unknown_names_are_named(self):
+    with self.assertRaisesRegex(ValueError, 'tasks.skills.fly'):
+      tasks.Stream(config.TasksConfig(skills=(('fly', 1.0),)), 'train', 0)
+    with self.assertRaisesRegex(ValueError, "family='law'"):
+      tasks.family('law')
+
+
+class MixtureTest(absltest.TestCase):
+  def test_weights_and_levels_are_kept(self):
+    mixture = config.TasksConfig(
+      skills=(('add_col', 3.0), ('rename_col', 1.0), ('drop_col', 0.0)),
+      difficulty_min=1,
+      difficulty_max=1,
+    )
+    drawn = tasks.sample(mixture, 'dev', 40, 0)
+    skills = [task.skill for task in drawn]
+    self.assertEqual(skills.count('add_col'), 30)
+    self.assertEqual(skills.count('rename_col'), 10)
+    self.assertEqual({task.difficulty for task in drawn}, {1})
+    stream = tasks.Stream(mixture, 'dev', 0)
+    self.assertEqual(stream[7], stream[7])
+    share = [stream[i].skill for i in range(400)].count('add_col') / 400
+    self.assertBetween(share, 0.65, 0.85)
+
+  def test_demonstrations_solve_their_tasks(self):
+    mixture = config.TasksConfig(retry_demos=0.5)
+    rows = tasks.Demonstrations(mixture, 40, 0, system='S')
+    self.assertEqual(rows[3], rows[3])
+    retries = 0
+    for index in range(len(rows)):
+      messages = rows[index]['messages']
+      answers = [m['content'] for m in messages if m['role'] == 'tool']
+      self.assertEqual(answers[-1], 'ok')
+      retries += answers[0].startswith('error:')
+    self.assertBetween(retries, 10, 30)
+    self.assertRaises(IndexError, lambda: rows[40])
+
+  def test_speed(self):
+    drawn = list(some(300))
+    start = time.process_time()
+    for task in drawn:
+      self.assertTrue(sql.verify(task, [sql.script_of(task)]).passed)
+    for task in drawn:
+      sql.verify(task, [sql.script_of(task)])
+    # 1,000 a second where nothing else runs; a quarter is a regression.
+    self.assertGreater(2 * len(drawn) / (time.process_time() - start), 250)
+
+
+if __name__ == '__main__':
+  absltest.main()
