@@ -115,7 +115,6 @@ class MeshConfig(Settings):
   fsdp: int = 1
   expert: int = 1
   tensor: int = 1
-  strategy: str = 'gather'  # how tokens reach experts: m2/parallel/experts.py
 
   def _check(self) -> None:
     sizes = (self.data, self.fsdp, self.expert, self.tensor)
@@ -124,7 +123,6 @@ class MeshConfig(Settings):
       f'mesh axes (data, fsdp, expert, tensor)={sizes}: each must be positive, '
       'at most one may be -1',
     )
-    _choice(self, 'mesh', 'strategy', ('gather',))
 
 
 @section
@@ -262,6 +260,17 @@ class TasksConfig(Settings):
 
 
 @section
+class PromptConfig(Settings):
+  """What an agent is told before the task (m2/agents/scaffold.py)."""
+
+  scaffold: str = 'configs/scaffold/default.md'
+  tools: bool = True  # show the tool schemas; False leaves them to training
+
+  def _check(self) -> None:
+    _require(bool(self.scaffold), 'prompt.scaffold is empty: give a file')
+
+
+@section
 class AgentConfig(Settings):
   """The white-box agent and its sampling (m2/agents/whitebox.py)."""
 
@@ -270,8 +279,6 @@ class AgentConfig(Settings):
   temperature: float = 1.0  # report 8.1
   top_p: float = 1.0
   top_k: int = 0  # 0 = off
-  scaffold: str = 'configs/scaffold/default.md'
-  tools_in_prompt: bool = True
   tool_chars: int = 0  # cut all but the newest tool answer to this; 0 = never
 
   def _check(self) -> None:
@@ -419,12 +426,12 @@ class StagesConfig(Settings):
 # Which sections each mode reads; a config has exactly these, plus the fields
 # of RunConfig that are not sections.
 _TRAIN = ('model', 'mesh', 'optim', 'loss', 'data', 'checkpoint', 'log')
-_AGENT = ('tasks', 'agent', 'engine')
+_AGENT = ('tasks', 'prompt', 'agent', 'engine')
 MODES: dict[str, tuple[str, ...]] = {
   'pretrain': _TRAIN,
-  'sft': (*_TRAIN, *_AGENT),
-  'rl': (*_TRAIN, *_AGENT, 'forge'),
-  'eval': ('model', 'mesh', 'data', 'checkpoint', *_AGENT, 'eval'),
+  'sft': (*_TRAIN, 'tasks', 'prompt'),
+  'rl': ('model', 'mesh', 'optim', 'checkpoint', 'log', *_AGENT, 'forge'),
+  'eval': ('model', 'mesh', 'checkpoint', *_AGENT, 'eval'),
   'evolve': (*_TRAIN, *_AGENT, 'evolve'),
   'convert': ('convert',),
   'quickstart': (*_TRAIN, *_AGENT, 'forge', 'evolve', 'stages'),
@@ -446,6 +453,7 @@ class RunConfig(Settings):
   checkpoint: CheckpointConfig | None = None
   log: LogConfig | None = None
   tasks: TasksConfig | None = None
+  prompt: PromptConfig | None = None
   agent: AgentConfig | None = None
   engine: EngineConfig | None = None
   forge: ForgeConfig | None = None
@@ -513,7 +521,8 @@ class RunConfig(Settings):
       errors.append(
         f'loss.mtp={self.loss.mtp} needs model.mtp_modules >= 1; it is 0'
       )
-    if self.optim and self.optim.train_only == 'mtp' and not self.loss.mtp:
+    mtp = self.loss.mtp if self.loss else 0
+    if self.optim and self.optim.train_only == 'mtp' and not mtp:
       errors.append('optim.train_only=mtp needs loss.mtp > 0')
     if self.agent and self.agent.max_new >= self.engine.length:
       errors.append(

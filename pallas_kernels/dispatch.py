@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -17,20 +17,26 @@ PREFERRED = {
 }
 
 
-def pick(
-  operation: str, impl: Impl | None, table: Mapping[str, Callable]
-) -> Callable:
-  """Returns the backend function of `operation`.
+def pick[Backend](
+  operation: str,
+  impl: Impl | None,
+  table: Mapping[str, Backend],
+  refusals: Mapping[str, str | None] | None = None,
+) -> Backend:
+  """Returns the backend of `operation`.
 
   Args:
     operation: its name, for messages.
-    impl: a backend by name, or None for the best available on this platform.
-    table: backend name -> function, all with the same signature.
+    impl: a backend by name, or None for the best that can on this platform.
+    table: backend name -> what runs it, the same kind of thing for each.
+    refusals: backend name -> why it cannot run these arguments on this
+      device, or None if it can; a backend left out can always.
 
   Raises:
-    NotImplementedError: a backend asked for by name does not exist here; a
-      forced backend never falls back to another.
+    NotImplementedError: a backend asked for by name does not exist here, or
+      refuses; a forced backend never falls back to another.
   """
+  refusals = refusals or {}
   if impl == 'triton':
     raise NotImplementedError(
       f'{operation}: Pallas on Triton is deprecated since JAX 0.11 and not '
@@ -41,18 +47,25 @@ def pick(
       raise NotImplementedError(
         f'{operation}: no backend {impl!r}; there are {", ".join(table)}'
       )
+    if reason := refusals.get(impl):
+      raise NotImplementedError(f'{operation}: {impl} {reason}')
     return table[impl]
   platform = jax.default_backend()
-  name = next(name for name in PREFERRED[platform] if name in table)
-  _announce(operation, platform, name)
+  passed = []
+  for name in PREFERRED[platform]:
+    if name not in table:
+      passed.append(f'no {name} backend yet')
+    elif reason := refusals.get(name):
+      passed.append(f'{name} {reason}')
+    else:
+      break
+  _announce(operation, platform, name, '; '.join(passed) or 'preferred')
   return table[name]
 
 
 @functools.cache
-def _announce(operation: str, platform: str, name: str) -> None:
+def _announce(operation: str, platform: str, name: str, why: str) -> None:
   """Says once a process what was picked and why."""
-  wanted = PREFERRED[platform][0]
-  why = 'preferred' if name == wanted else f'no {wanted} backend yet'
   logging.getLogger('pallas_kernels').info(
     '%s on %s: %s (%s)', operation, platform, name, why
   )

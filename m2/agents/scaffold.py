@@ -30,7 +30,7 @@ def load(path: str) -> Scaffold:
   file = pathlib.Path(path)
   file = file if file.is_absolute() else ROOT / file
   if not file.is_file():
-    raise ValueError(f'agent.scaffold={path!r}: there is no file {file}')
+    raise ValueError(f'prompt.scaffold={path!r}: there is no file {file}')
   sections: dict[str, list[str]] = {}
   name = ''
   for number, line in enumerate(file.read_text().splitlines(), 1):

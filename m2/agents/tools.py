@@ -42,6 +42,22 @@ def schemas(guide: scaffold.Scaffold) -> list[Mapping[str, Any]]:
   ]
 
 
+def problem(request: types.ToolCall) -> str:
+  """What is wrong with a call; '' if it can be carried out.
+
+  The parser checks calls against the schemas it was shown; a prompt without
+  tools shows none.
+  """
+  if request.name not in PARAMETERS:
+    return f'there is no tool {request.name!r}'
+  known = PARAMETERS[request.name]
+  missing = [n for n in known.get('required', ()) if n not in request.arguments]
+  extra = [n for n in request.arguments if n not in known['properties']]
+  if missing or extra:
+    return f'{request.name}: missing {missing}, unknown {extra}'
+  return ''
+
+
 async def call(request: types.ToolCall, workspace: types.Workspace) -> str:
   """Carries out one call; the answer is what the model reads."""
   if request.name == 'sql':

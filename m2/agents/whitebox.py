@@ -1,7 +1,8 @@
 """The white-box agent: think, act, observe, in the M2 chat format."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from m2 import config, types
 from m2.agents import context, scaffold, tools
@@ -10,20 +11,18 @@ from m2.agents import context, scaffold, tools
 class WhiteBox:
   """Plays tasks through any `types.LLM`, acting in the task's workspace."""
 
-  def __init__(self, cfg: config.AgentConfig):
+  def __init__(self, cfg: config.AgentConfig, prompt: config.PromptConfig):
     """Reads the scaffold and the context policy.
 
     Args:
-      cfg: turns, sampling, scaffold and context.
+      cfg: turns, sampling and context.
+      prompt: scaffold, and whether the tools are shown.
 
     Raises:
       ValueError: a scaffold that cannot be used.
     """
     self._cfg, self._policy = cfg, context.policy(cfg.tool_chars)
-    guide = scaffold.load(cfg.scaffold)
-    self.system = guide.system
-    self._tools = tools.schemas(guide)
-    self.shown = self._tools if cfg.tools_in_prompt else None
+    self._system, self._shown = opening(prompt)
 
   async def run(
     self,
@@ -47,20 +46,22 @@ class WhiteBox:
     """
     start = time.monotonic()
     messages = [
-      types.Message('system', self.system),
+      types.Message('system', self._system),
       types.Message('user', task.prompt),
     ]
     malformed, finished, stop, turn = 0, False, types.StopReason.EOS, 0
     while turn < self._cfg.max_turns and not finished:
       reply, stop = await llm.chat(
-        episode, self._policy(messages), self.shown, self._sampling(seed, turn)
+        episode, self._policy(messages), self._shown, self._sampling(seed, turn)
       )
       turn += 1
       messages.append(reply)
       if stop != types.StopReason.EOS:
         break
-      malformed += bool(reply.errors)
-      answers, finished = await self._act(reply, workspace)
+      problems = [*reply.errors, *map(tools.problem, reply.tool_calls)]
+      problems = [problem for problem in problems if problem]
+      malformed += bool(problems)
+      answers, finished = await self._act(reply, problems, workspace)
       messages += answers
       if not answers:
         break
@@ -74,12 +75,17 @@ class WhiteBox:
     )
 
   async def _act(
-    self, reply: types.Message, workspace: types.Workspace
+    self,
+    reply: types.Message,
+    problems: Sequence[str],
+    workspace: types.Workspace,
   ) -> tuple[Sequence[types.Message], bool]:
     """Answers of the tools, and whether the agent is done."""
-    answers = [types.Message('tool', f'error: {e}') for e in reply.errors]
+    answers = [types.Message('tool', f'error: {p}') for p in problems]
     for request in reply.tool_calls:
-      if request.name == tools.FINISH and not reply.errors:
+      if tools.problem(request):
+        continue
+      if request.name == tools.FINISH and not problems:
         return answers, True
       answers.append(
         types.Message('tool', await tools.call(request, workspace))
@@ -94,3 +100,18 @@ class WhiteBox:
       top_k=self._cfg.top_k,
       seed=seed + turn,
     )
+
+
+def opening(
+  prompt: config.PromptConfig,
+) -> tuple[str, Sequence[Mapping[str, Any]] | None]:
+  """System text and shown tool schemas of a conversation.
+
+  Demonstrations open the same way, so that training and acting agree.
+
+  Raises:
+    ValueError: a scaffold that cannot be used.
+  """
+  guide = scaffold.load(prompt.scaffold)
+  schemas = tools.schemas(guide)
+  return guide.system, schemas if prompt.tools else None

@@ -8,6 +8,7 @@ rendered conversation and gives each token its training weight.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -150,16 +151,25 @@ class Tokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`, special tokens included.
 
-    Bytes that are no UTF-8 (a character cut in two) become U+FFFD.
+    Bytes that are no UTF-8 (a character cut in two) become U+FFFD, and so do
+    ids past the vocabulary: a model's table is padded (M2: 200,054 entries in
+    200,064 rows), and an untrained one may sample its padding.
 
     Raises:
-      ValueError: an id is outside the vocabulary.
+      ValueError: a negative id.
     """
     ids = [int(id) for id in ids]
-    for id in ids:
-      if not 0 <= id < self.size:
-        raise ValueError(f'id {id} is not in the vocabulary of {self.size}')
-    return self._special.decode(ids, skip_special_tokens=False)
+    if ids and min(ids) < 0:
+      raise ValueError(f'id {min(ids)} is negative')
+    text = []
+    for known, run in itertools.groupby(ids, lambda id: id < self.size):
+      run = list(run)
+      text.append(
+        self._special.decode(run, skip_special_tokens=False)
+        if known
+        else '\ufffd' * len(run)
+      )
+    return ''.join(text)
 
   def to_text(self) -> str:
     """The text of its `tokenizer.json`."""

@@ -168,9 +168,37 @@ def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
 
   Holds all scores at once: for introspection of small batches.
   """
-  query_BT = jnp.arange(q_BTNH.shape[1])[None]
-  query_BT = query_BT + (0 if offset_B is None else offset_B[:, None])
-  query_BT = jnp.broadcast_to(query_BT, q_BTNH.shape[:2])
+  if offset_B is None:
+    offset_B = jnp.zeros_like(until_BS[:, 0])
+  axes = sharding.RULES['batch']
+
+  def local(q, k, until, offset):
+    largest_N, entropy_N, count = _score_sums(q, k, until, offset, scale)
+    if sharding.axis_sizes():
+      # The maximum has no derivative across devices; nobody needs one.
+      largest_N = jax.lax.pmax(jax.lax.stop_gradient(largest_N), axes)
+      entropy_N = jax.lax.psum(entropy_N, axes)
+      count = jax.lax.psum(count, axes)
+    return largest_N, entropy_N / jnp.maximum(count, 1)
+
+  heads = sharding.spec('heads')
+  run = sharding.manual(
+    local,
+    (
+      sharding.spec(*HEADS),
+      sharding.spec(*KV_HEADS),
+      sharding.spec('batch', None),
+      sharding.spec('batch'),
+    ),
+    (heads, heads),
+  )
+  largest_N, entropy_N = run(q_BTNH, k_BSKH, until_BS, offset_B)
+  return {'attn_max_logit_N': largest_N, 'attn_entropy_N': entropy_N}
+
+
+def _score_sums(q_BTNH, k_BSKH, until_BS, offset_B, scale):
+  """Largest score and summed entropy of each head, and queries that see."""
+  query_BT = offset_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
   s_BKGTS = ref.scores(q_BTNH, k_BSKH, until_BS, query_BT, scale)
   seen_BKGT = jnp.isfinite(s_BKGTS).any(-1)
   safe_BKGTS = jnp.where(seen_BKGT[..., None], s_BKGTS, 0)
@@ -178,10 +206,10 @@ def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
   terms_BKGTS = jnp.where(
     jnp.isfinite(logp_BKGTS), jnp.exp(logp_BKGTS) * logp_BKGTS, 0
   )
-  entropy_BKGT = -terms_BKGTS.sum(-1)
-  count = jnp.maximum(seen_BKGT.sum((0, 3)), 1)
-  entropy_KG = (entropy_BKGT * seen_BKGT).sum((0, 3)) / count
-  return {
-    'attn_max_logit_N': s_BKGTS.max((0, 3, 4)).reshape(-1),
-    'attn_entropy_N': entropy_KG.reshape(-1),
-  }
+  entropy_BKGT = -terms_BKGTS.sum(-1) * seen_BKGT
+  count = seen_BKGT[:, 0, 0].sum()
+  return (
+    s_BKGTS.max((0, 3, 4)).reshape(-1),
+    entropy_BKGT.sum((0, 3)).reshape(-1),
+    count.astype(jnp.float32),
+  )

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.gmm import xla
+from pallas_kernels.gmm import mosaic_gpu, vjp, xla
 
-BACKENDS = {'xla': xla.grouped_matmul}
+BACKENDS = {'mosaic_gpu': mosaic_gpu.BACKEND, 'xla': xla.BACKEND}
 
 
 def grouped_matmul(
@@ -29,7 +29,8 @@ def grouped_matmul(
     x_MK: rows sorted by group; same dtype as `w_GKN`.
     w_GKN: one matrix a group.
     sizes_G: rows per group, zeros allowed; the aligned sum must not exceed M.
-    align: rows to which group starts are rounded up.
+    align: rows to which group starts are rounded up. On a Hopper GPU a
+      multiple of 8 saves a copy of the rows.
     impl: backend; None picks the best for this platform.
     out_dtype: dtype of the result; None = that of `x_MK`.
 
@@ -49,6 +50,55 @@ def grouped_matmul(
     )
   if x_MK.dtype != w_GKN.dtype:
     raise ValueError(f'x is {x_MK.dtype} but w is {w_GKN.dtype}')
-  run = dispatch.pick('grouped_matmul', impl, BACKENDS)
   out_dtype = jnp.dtype(out_dtype or x_MK.dtype)
-  return run(x_MK, w_GKN, sizes_G, align=align, out_dtype=out_dtype)
+  refusal = mosaic_gpu.refusal(x_MK.dtype, w_GKN.shape[1:], out_dtype)
+  backend = dispatch.pick(
+    'grouped_matmul', impl, BACKENDS, {'mosaic_gpu': refusal}
+  )
+  return vjp.grouped_matmul(
+    backend, x_MK, w_GKN, sizes_G, align=align, out_dtype=out_dtype
+  )
+
+
+def weight_gradient(
+  x_MK: Float[Array, 'M K'],
+  dy_MN: Float[Array, 'M N'],
+  sizes_G: Int[Array, 'G'],
+  *,
+  align: int = 1,
+  impl: dispatch.Impl | None = None,
+  out_dtype: jax.typing.DTypeLike | None = None,
+) -> Float[Array, 'G K N']:
+  """Sums x^T dy over the rows of each group: the gradient of the matrices.
+
+  Rows lie as in `grouped_matmul`, whose derivative this is; called by itself
+  it can give float32 from bfloat16 rows, for accumulation over batches.
+
+  Args:
+    x_MK: rows sorted by group; same dtype as `dy_MN`.
+    dy_MN: gradient of the rows of the product.
+    sizes_G: rows per group; groups of no rows give zeros.
+    align: rows to which group starts are rounded up.
+    impl: backend; None picks the best for this platform.
+    out_dtype: dtype of the result; None = that of `x_MK`.
+
+  Raises:
+    ValueError: shapes or dtypes that do not match.
+    NotImplementedError: a backend forced by name that cannot do this.
+  """
+  if x_MK.ndim != 2 or dy_MN.ndim != 2 or len(x_MK) != len(dy_MN):
+    raise ValueError(
+      f'x {x_MK.shape} and dy {dy_MN.shape} do not contract: expected [M, K] '
+      'and [M, N]'
+    )
+  if x_MK.dtype != dy_MN.dtype:
+    raise ValueError(f'x is {x_MK.dtype} but dy is {dy_MN.dtype}')
+  out_dtype = jnp.dtype(out_dtype or x_MK.dtype)
+  widths = x_MK.shape[1], dy_MN.shape[1]
+  refusal = mosaic_gpu.refusal(x_MK.dtype, widths, out_dtype)
+  backend = dispatch.pick(
+    'weight_gradient', impl, BACKENDS, {'mosaic_gpu': refusal}
+  )
+  return vjp.weight_gradient(
+    backend, x_MK, dy_MN, sizes_G, align=align, out_dtype=out_dtype
+  )

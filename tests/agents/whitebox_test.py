@@ -24,7 +24,7 @@ def play(*replies, cfg=CFG):
 
   async def run():
     async with sql.Workspace(TASK) as workspace:
-      agent = whitebox.WhiteBox(cfg)
+      agent = whitebox.WhiteBox(cfg, config.PromptConfig())
       transcript = await agent.run(TASK, workspace, model, 'e', 0)
     return transcript, workspace.scripts
 
@@ -95,7 +95,7 @@ class ScaffoldTest(absltest.TestCase):
     path = self.create_tempfile('u.md', text).full_path
     self.assertEqual(scaffold.load(path).system, 'Hi. Be brief.')
     with self.assertRaisesRegex(ValueError, 'finish'):
-      whitebox.WhiteBox(config.AgentConfig(scaffold=path))
+      whitebox.opening(config.PromptConfig(scaffold=path))
 
 
 if __name__ == '__main__':

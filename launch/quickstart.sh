@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The whole loop on this machine: set-up, SFT, agentic RL, one self-evolution
+# round, sealed test, report. Arguments go to main.py and may replace these:
+#
+#   bash launch/quickstart.sh --config.seed=1 --workdir=runs/seed1
+#
+# A run that was stopped goes on where it was when called again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/env.sh
+exec .venv/bin/python main.py --config=configs/quickstart.py \
+  --workdir=runs/quickstart "$@"

@@ -1,0 +1,253 @@
+"""One step directory: what is in it, and whether it is what was written.
+
+    <step>/params/    parameters                     (Orbax)
+    <step>/trainer/   step, optimiser                (Orbax)
+    <step>/data/      data iterator, one file a host (JSON)
+    <step>/meta/      shapes, checksums, settings    (JSON)
+
+Arrays carry checksums of their values (in `meta`), JSON files one of their
+text: what is read back is what was written, or an error names the part.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import pathlib
+import sys
+import traceback
+import warnings
+from collections.abc import Awaitable, Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+from absl import logging as absl_logging
+
+from m2.checkpoint import fingerprint
+
+FORMAT = 'm2-jax checkpoint 1'
+_LISTED = 5  # mismatches that an error spells out
+
+
+class CheckpointError(Exception):
+  """A checkpoint is missing, foreign, corrupt or could not be written."""
+
+
+class Json:
+  """A JSON value as an Orbax checkpointable, one checked file a process.
+
+  Takes a dict, or what has `get_state` and `set_state` (a grain iterator).
+  """
+
+  def __init__(self, item: Any):
+    self.item = item
+
+  async def save(self, directory: Any) -> Awaitable[None]:
+    """Takes the state now; the returned awaitable writes it."""
+    own = isinstance(self.item, dict)
+    body = json.dumps(self.item if own else self.item.get_state())
+    return self._write(directory, body)
+
+  async def _write(self, directory: Any, body: str) -> None:
+    folder = await directory.await_creation()
+    (folder / _process_file()).write_text(f'{_digest(body)}\n{body}\n')
+
+  async def load(self, directory: Any) -> Awaitable[None]:
+    """The returned awaitable reads the state and sets it."""
+    return self._read(directory)
+
+  async def _read(self, directory: Any) -> None:
+    path = directory / _process_file()
+    if not path.exists():
+      raise CheckpointError(f'{path} is missing (another number of hosts?)')
+    digest, _, body = path.read_bytes().decode(errors='replace').partition('\n')
+    body = body.removesuffix('\n')
+    if digest != _digest(body):
+      raise CheckpointError(f'{path} is corrupt: not what its checksum says')
+    if isinstance(self.item, dict):
+      self.item.update(json.loads(body))
+    else:
+      self.item.set_state(json.loads(body))
+
+
+def _process_file() -> str:
+  return f'process_{jax.process_index()}-of-{jax.process_count()}.json'
+
+
+def _digest(body: str) -> str:
+  return hashlib.sha256(body.encode()).hexdigest()
+
+
+def contents(
+  state: Any, data_iter: Any | None, *, step: int, extra: dict[str, Any]
+) -> dict[str, Any]:
+  """Checkpointables of one step; waits for the arrays, to sum them up."""
+  tree = nested(state)
+  meta = {'format': FORMAT, 'step': step, 'extra': extra}
+  meta['leaves'] = describe(tree, fingerprint.sums(tree))
+  items = {'meta': Json(meta), 'params': tree.pop('params')}
+  if tree:
+    items['trainer'] = tree
+  if data_iter is not None:
+    items['data'] = Json(data_iter)
+  return items
+
+
+def read_meta(path: str | pathlib.Path) -> dict[str, Any]:
+  """Format, step, leaves and extra of a step directory, without any array.
+
+  Raises:
+    CheckpointError: it is not one of ours, or its metadata is corrupt.
+  """
+  path = pathlib.Path(path)
+  if not (path / 'meta').is_dir():
+    raise CheckpointError(f'{path} is not a checkpoint of this code: no meta/')
+  meta: dict[str, Any] = {}
+  load(path, {'meta': Json(meta)})
+  if meta.get('format') != FORMAT:
+    raise CheckpointError(
+      f'{path} has format {meta.get("format")!r}; this code reads {FORMAT!r}'
+    )
+  return meta
+
+
+def load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+  """Reads `items` of a step directory: abstract trees, or `Json`.
+
+  Raises:
+    CheckpointError: one is absent or cannot be read.
+  """
+  for name in items:
+    if not (path / name).is_dir():
+      raise CheckpointError(f'{path} holds no {name}/')
+  with quiet():
+    try:
+      return ocp.load_checkpointables(path, items)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+      inner = root(error)
+      reason = (
+        str(inner)
+        if isinstance(inner, CheckpointError)
+        else (
+          f'{path} is corrupt: {" or ".join(items)} cannot be read: '
+          f'{summary(error)}'
+        )
+      )
+      traceback.clear_frames(error.__traceback__)
+  raise CheckpointError(reason)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Keeps Orbax from burying our one error under its abandoned coroutines."""
+  hook, level = sys.unraisablehook, absl_logging.get_verbosity()
+  tasks = logging.getLogger('asyncio')
+  sys.unraisablehook = lambda _: None
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  tasks.disabled = True
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+      gc.collect()
+  finally:
+    sys.unraisablehook = hook
+    absl_logging.set_verbosity(level)
+    tasks.disabled = False
+
+
+def newest(path: str | pathlib.Path) -> pathlib.Path:
+  """The newest step directory of a workdir, checkpoint or step directory.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  path = pathlib.Path(path)
+  if (path / 'meta').is_dir():
+    return path
+  for parent in (path / 'checkpoints', path):
+    steps = [
+      entry
+      for entry in (parent.iterdir() if parent.is_dir() else ())
+      if entry.name.isdecimal() and entry.is_dir()
+    ]
+    if steps:
+      return max(steps, key=lambda entry: int(entry.name))
+  raise CheckpointError(
+    f'{path} holds no checkpoint: expected <step>/ or checkpoints/<step>/ '
+    'directories, or the *.safetensors of a Hugging Face model'
+  )
+
+
+def name_of(key: tuple) -> str:
+  """A leaf's path as text: `params/blocks/attn/q`."""
+  return jax.tree_util.keystr(key, simple=True, separator='/')
+
+
+def leaves(tree: Any) -> list[tuple[str, Any]]:
+  """Names and leaves, in flattening order."""
+  return [(name_of(key), leaf) for key, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def nested(state: Any) -> dict[str, Any]:
+  """Any pytree as nested dicts by the names on its paths; no empty nodes."""
+  out: dict[str, Any] = {}
+  for name, leaf in leaves(state):
+    *parents, last = name.split('/')
+    node = out
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return out
+
+
+def describe(tree: Any, sums: list[int] | None = None) -> dict[str, dict]:
+  """Shape, dtype and, if given, checksum of every leaf, by name."""
+  described = {}
+  for index, (name, leaf) in enumerate(leaves(tree)):
+    described[name] = {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
+    if sums is not None:
+      described[name]['sum'] = sums[index]
+  return described
+
+
+def check_leaves(path: pathlib.Path, saved: dict, wanted: dict) -> None:
+  """Raises `CheckpointError` unless the saved leaves are the wanted ones."""
+  errors = [f'{name}: not in the checkpoint' for name in wanted.keys() - saved]
+  errors += [f'{name}: not in the model' for name in saved.keys() - wanted]
+  for name in wanted.keys() & saved.keys():
+    for what in ('shape', 'dtype'):
+      if saved[name][what] != wanted[name][what]:
+        errors.append(
+          f'{name}: {what} {saved[name][what]}, wanted {wanted[name][what]}'
+        )
+  if errors:
+    more = f' and {len(errors) - _LISTED} more' * (len(errors) > _LISTED)
+    listed = '; '.join(sorted(errors)[:_LISTED])
+    raise CheckpointError(f'{path} is of another model: {listed}{more}')
+
+
+def check_sums(path: pathlib.Path, saved: dict, loaded: Any) -> None:
+  """Raises `CheckpointError` if a value is not the one that was written."""
+  found = fingerprint.sums(loaded)
+  for (name, _), value in zip(leaves(loaded), found, strict=True):
+    if saved[name]['sum'] != value:
+      raise CheckpointError(
+        f'{path} is corrupt: {name} is not what its checksum says'
+      )
+
+
+def root(error: BaseException) -> BaseException:
+  """The error that the chain of `raise ... from` began with."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error
+
+
+def summary(error: BaseException) -> str:
+  """The first line of the error that caused `error`, shortened."""
+  inner = root(error)
+  lines = str(inner).strip().splitlines() or ['']
+  return f'{type(inner).__name__}: {lines[0][:200]}'

@@ -1,0 +1,124 @@
+"""Block-FP8 weights: float8_e4m3fn codes with one scale per 128 x 128 block.
+
+The format of the released MiniMax-M2 checkpoints: a matrix [R, C] of codes and
+a float32 matrix [ceil(R / 128), ceil(C / 128)] called `weight_scale_inv`; the
+weight is code times scale, despite that name. Blocks at the right and bottom
+edge may be ragged. Arrays here are NumPy: files are converted on the host.
+
+Letters: R rows, C columns, r and c blocks along them, N = r * c blocks,
+I and J rows and columns inside a block.
+"""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+
+BLOCK = 128
+DTYPE = np.dtype(ml_dtypes.float8_e4m3fn)
+MAX = 448.0  # the largest finite code
+
+# Codes of the top binade. A block whose largest code is lower wastes a bit of
+# every weight, so this is where each quantiser puts the largest weight.
+_TOP = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
+_TINY = np.finfo(np.float32).tiny
+_VALUES = np.arange(256, dtype=np.uint8).view(DTYPE).astype(np.float32)
+
+
+def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
+  """Shape of the scales of a matrix."""
+  return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
+
+
+def dequantise(code_RC: np.ndarray, scale_rc: np.ndarray) -> np.ndarray:
+  """Weights of a quantised matrix.
+
+  Args:
+    code_RC: float8_e4m3fn.
+    scale_rc: float32, as `scale_shape` says.
+
+  Returns:
+    float32[R, C], each the correctly rounded product.
+  """
+  rows, columns = code_RC.shape
+  scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, :columns]
+  scale_RC = np.repeat(scale_rC, BLOCK, axis=0)[:rows]
+  return _VALUES[code_RC.view(np.uint8)] * scale_RC
+
+
+def quantise(weight_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Codes and scales of a matrix; undoes `dequantise` byte for byte.
+
+  A block that was dequantised gets its own scale back, found by trying the few
+  scales that could have produced its largest weight: the first that reproduces
+  every weight exactly is taken. This recovers any scale that put the block's
+  largest code above 224, as all that scale to the maximum do. Where the block
+  is all zeros or leaves the top bit of its codes unused, the values do not tell
+  the scale: the values stay exact and the bytes may differ. Any other block is
+  scaled so that its largest weight gets the largest code.
+
+  Args:
+    weight_RC: float32 or bfloat16.
+
+  Returns:
+    float8_e4m3fn[R, C] and float32 scales, as `scale_shape` says.
+
+  Raises:
+    ValueError: a weight is infinite or not a number.
+  """
+  block_NIJ = _split(weight_RC.astype(np.float32))
+  peak_N = np.abs(block_NIJ).max((1, 2))
+  if not np.isfinite(peak_N).all():
+    raise ValueError('FP8 cannot store weights that are infinite or NaN')
+  # Scales below the normal range would divide by zero; 1 keeps zeros zero.
+  scale_N = np.where(peak_N > 0, np.maximum(peak_N / MAX, _TINY), 1)
+  scale_N = scale_N.astype(np.float32)
+  _recover(block_NIJ, peak_N, scale_N)
+  code_NIJ = _encode(block_NIJ, scale_N)
+  shape = scale_shape(weight_RC.shape)
+  return _join(code_NIJ, weight_RC.shape), scale_N.reshape(shape)
+
+
+def _recover(block_NIJ, peak_N, scale_N) -> None:
+  """Overwrites the scales of blocks that were quantised before."""
+  left_N = np.flatnonzero(peak_N > 0)
+  # Rounding moved code * scale by less than one unit in the last place of the
+  # scale, so the quotient rounds to the scale or to a neighbour.
+  for code, ulps in itertools.product(_TOP, (0, 1, -1)):
+    guess_N = (peak_N[left_N] / np.float32(code)).view(np.int32) + ulps
+    guess_N = np.maximum(guess_N.view(np.float32), _TINY)
+    # One row of a block rules out nearly every wrong guess, at 1/128 the work.
+    fits_N = _exact(block_NIJ[left_N, :1], guess_N)
+    fits_N[fits_N] = _exact(block_NIJ[left_N[fits_N]], guess_N[fits_N])
+    scale_N[left_N[fits_N]] = guess_N[fits_N]
+    left_N = left_N[~fits_N]
+
+
+def _exact(block_NIJ, scale_N) -> np.ndarray:
+  """Whether each block is what its codes at this scale stand for."""
+  code_NIJ = _encode(block_NIJ, scale_N)
+  value_NIJ = _VALUES[code_NIJ.view(np.uint8)] * scale_N[:, None, None]
+  return (value_NIJ == block_NIJ).all((1, 2))
+
+
+def _encode(block_NIJ, scale_N) -> np.ndarray:
+  quotient_NIJ = block_NIJ / scale_N[:, None, None]
+  return np.clip(quotient_NIJ, -MAX, MAX).astype(DTYPE)
+
+
+def _split(weight_RC: np.ndarray) -> np.ndarray:
+  """[N, 128, 128] blocks, row by row, zeros beyond the edges."""
+  rows, columns = weight_RC.shape
+  r, c = scale_shape(weight_RC.shape)
+  padded = np.zeros((r * BLOCK, c * BLOCK), weight_RC.dtype)
+  padded[:rows, :columns] = weight_RC
+  blocks_rIcJ = padded.reshape(r, BLOCK, c, BLOCK)
+  return blocks_rIcJ.transpose(0, 2, 1, 3).reshape(r * c, BLOCK, BLOCK)
+
+
+def _join(block_NIJ: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Undoes `_split`."""
+  r, c = scale_shape(shape)
+  blocks_rcIJ = block_NIJ.reshape(r, c, BLOCK, BLOCK)
+  padded = blocks_rcIJ.transpose(0, 2, 1, 3).reshape(r * BLOCK, c * BLOCK)
+  return np.ascontiguousarray(padded[: shape[0], : shape[1]])

@@ -1,0 +1,189 @@
+"""Agent RL: rollouts, window, update, sync, checkpoint; until `config.steps`.
+
+One process alternates: the event loop plays episodes until the window has given
+`forge.groups` groups, the trainer updates the weights on them, the engine gets
+the weights and the groups' slots are freed. Groups in flight stand still
+meanwhile and go on under the new weights. With `forge.in_flight` equal to
+`forge.groups` every step trains on what its own weights sampled; more in flight
+is older, never by more than the window's bound.
+
+A checkpoint holds model, optimiser and window of one moment. Started again, a
+run trains on every prompt exactly once: groups that were finished are read from
+the pool, groups that were in flight are played again from their start.
+"""
+
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m2 import config as settings
+from m2 import types
+from m2.checkpoint import store
+from m2.engine import engine as engines
+from m2.eval import play
+from m2.forge import dataset, evaluate, rollout, step, sync
+from m2.forge import journal as journals
+from m2.forge import pool as pools
+from m2.forge import window as windows
+from m2.gateway import capture
+from m2.parallel import mesh as meshes
+from m2.parallel import sharding
+from m2.train import journal as train_journal
+from m2.train import loop as train_loop
+from m2.train import optim, resume
+from m2.train import state as train_state
+
+# Settings and model -> who plays, and prompt number -> task.
+Cast = Callable[
+  [settings.RunConfig, types.LLM], tuple[rollout.Agent, rollout.Tasks]
+]
+
+
+def run(
+  config: settings.RunConfig, workdir: pathlib.Path, cast: Cast = play.cast
+) -> train_state.TrainState:
+  """Trains until `config.steps`; a finished run only returns its state.
+
+  Args:
+    config: frozen settings of mode `rl`.
+    workdir: checkpoints, metrics, data pool and tokenizer; made if absent.
+    cast: who plays; by default the configured agent on the configured tasks.
+
+  Returns:
+    The state after the last step, on the mesh.
+
+  Raises:
+    ValueError: settings that cannot work; before anything is compiled.
+    m2.train.journal.TrainingError: a loss or gradient is not finite; the
+      checkpoints are sound.
+    m2.checkpoint.store.CheckpointError: a checkpoint cannot be read or written.
+  """
+  check(config)
+  mesh = meshes.make_mesh(config.mesh)
+  ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
+  if config.forge.lines % ways:
+    raise ValueError(
+      f'forge.lines={config.forge.lines} is not a multiple of the {ways} '
+      'devices that lines are split over (mesh data * fsdp * expert)'
+    )
+  tokenizer = evaluate.tokenizer(config.checkpoint.init_from)
+  tokenizer.save(workdir / 'tokenizer.json')
+  forge = config.forge
+  with (
+    jax.set_mesh(mesh),
+    store.Store(workdir / 'checkpoints', config.checkpoint.keep) as checkpoints,
+    pools.DataPool(f'sqlite:///{workdir}/pool.db') as pool,
+    rollout.Scene() as scene,
+  ):
+    rollouts = rollout.Rollouts(
+      windows.WindowedFifo(math.ceil(forge.window * forge.in_flight)),
+      pool,
+      in_flight=forge.in_flight,
+      group_size=forge.group_size,
+      seed=config.seed,
+    )
+    batches = iter(dataset.RolloutDataset(rollouts, scene, forge))
+    optimizer = optim.make(config.optim, config.steps)
+    note = resume.note(config, tokenizer)
+    state = resume.begin(config, mesh, optimizer, checkpoints, batches, note)
+    start = int(state.step)
+    if start >= config.steps:
+      print(f'{workdir}: trained for {start} steps already', flush=True)
+      return state
+    engine = engines.Engine(
+      config.model,
+      config.engine,
+      sync.copy(state.params),
+      version=start,
+      mesh=mesh,
+    )
+    gateway = capture.Gateway(engine, tokenizer, pool, experts=forge.replay)
+    scene.start(engine.drive())
+    scene.start(rollouts.keep_running(*cast(config, gateway)))
+    save = functools.partial(checkpoints.save, extra=note)
+    with journals.Journal(
+      config, workdir, start, engine, gateway, rollouts
+    ) as journal:
+      return _train(
+        config, optimizer, batches, state, engine, rollouts, journal, save
+      )
+
+
+def check(config: settings.RunConfig) -> None:
+  """Refuses what agent RL cannot do, naming the value and the fix.
+
+  Raises:
+    ValueError: lists all of it.
+  """
+  agent, forge = config.agent, config.forge
+  problems = []
+  if not config.checkpoint.init_from:
+    problems.append(
+      'checkpoint.init_from is empty; RL starts from a trained model: give the '
+      'workdir of an SFT run'
+    )
+  if (agent.temperature, agent.top_p, agent.top_k) != (1.0, 1.0, 0):
+    problems.append(
+      f'agent.temperature={agent.temperature}, agent.top_p={agent.top_p}, '
+      f'agent.top_k={agent.top_k}; the importance ratio needs samples of the '
+      'model itself: set 1.0, 1.0 and 0'
+    )
+  if config.optim.accumulate != 1:
+    problems.append(
+      f'optim.accumulate={config.optim.accumulate}; RL computes forge.lines '
+      'lines at a time by itself: set 1'
+    )
+  if config.engine.length > forge.row_tokens:
+    problems.append(
+      f'forge.row_tokens={forge.row_tokens} is below engine.length='
+      f'{config.engine.length}; a long episode would fit no line'
+    )
+  if problems:
+    raise ValueError('rl: ' + '; '.join(problems))
+
+
+def _train(config, optimizer, batches, state, engine, rollouts, journal, save):
+  """The loop itself: batch, update, sync, checkpoint."""
+  plain, inspecting = compiled(config, optimizer)
+  for done in range(int(state.step) + 1, config.steps + 1):
+    times = [time.monotonic()]
+    batch = next(batches)
+    times.append(time.monotonic())
+    update = inspecting if train_loop.inspects(config, done - 1) else plain
+    state, values = update(state, jax.tree.map(jnp.asarray, batch.tree))
+    values = jax.device_get(values)
+    times.append(time.monotonic())
+    if values['bad']:
+      raise train_journal.TrainingError(
+        f'step {done} is not finite: loss {float(values["loss"])}, gradient '
+        f'norm {float(values["grad_norm"])}. Nothing was updated; a lower '
+        'optim.lr may help, and metrics.jsonl shows how it came'
+      )
+    sync.to_engine(state.params, engine, done)
+    rollouts.free()
+    times.append(time.monotonic())
+    spans = [after - before for before, after in zip(times, times[1:])]
+    named = dict(zip(('rollout', 'train', 'sync'), spans))
+    journal.write(done, batch.report, values, named)
+    if done % config.checkpoint.every == 0 or done == config.steps:
+      save(state, batches, step=done)
+  return state
+
+
+def compiled(
+  config: settings.RunConfig, optimizer: optax.GradientTransformation
+) -> tuple[Callable, Callable]:
+  """The update, jitted without and with introspection; the state is donated."""
+  update = functools.partial(
+    step.rl_step, model=config.model, optimizer=optimizer, cfg=config
+  )
+  return tuple(
+    jax.jit(functools.partial(update, inspect=inspect), donate_argnums=0)
+    for inspect in (False, True)
+  )

@@ -1,0 +1,211 @@
+"""Keeps prompt groups in flight: starts them, closes their episodes.
+
+A group is `group_size` episodes on one task. Prompt number i is `tasks[i]`, i
+being its submission index in the window: so no prompt is skipped or played
+twice, whatever the window's state was restored from. A group that was in flight
+when a run stopped is played again from its start, under the same index and with
+the same seeds; what it had recorded stays in the pool under its old id.
+
+One asyncio event loop plays all episodes and the engine (`Engine.drive`). It
+only runs while somebody waits for a batch; in between, while weights are
+trained, everything in flight stands still.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from m2 import types
+from m2.forge import pool as pools
+from m2.forge import window as windows
+
+
+class Agent(Protocol):
+  """Plays tasks; talks to the model through the gateway it was given."""
+
+  async def play(
+    self, task: types.Task, episode: str, seed: int
+  ) -> types.Reward:
+    """Plays one episode and judges it; failures are typed, not raised."""
+    ...
+
+
+class Tasks(Protocol):
+  """The endless list of prompts."""
+
+  def __getitem__(self, index: int) -> types.Task:
+    """Task of prompt number `index`."""
+    ...
+
+
+@dataclasses.dataclass
+class Counters:
+  """Running totals of episodes by outcome, and of groups."""
+
+  episodes: int = 0
+  infra: int = 0
+  timeout: int = 0
+  tamper: int = 0
+  groups: int = 0
+  dropped: int = 0  # groups with fewer than two scores
+
+
+class Rollouts:
+  """The groups of one run; use inside one event loop."""
+
+  def __init__(
+    self,
+    window: windows.WindowedFifo,
+    pool: pools.DataPool,
+    *,
+    in_flight: int,
+    group_size: int,
+    seed: int,
+  ):
+    """Prepares; `keep_running` starts.
+
+    Args:
+      window: decides what may be taken, and when a slot is free.
+      pool: gets rewards and closings; the gateway puts the completions there.
+      in_flight: groups submitted and not yet freed, N.
+      group_size: episodes of a group.
+      seed: of the run.
+    """
+    self.counters = Counters()
+    self.window, self.pool = window, pool
+    self._in_flight, self._group_size = in_flight, group_size
+    self._seed = seed
+    self._run = pool.begin()
+    self._changed = asyncio.Event()  # a group ended, or slots were freed
+
+  async def keep_running(self, agent: Agent, tasks: Tasks) -> None:
+    """Keeps `in_flight` groups going until cancelled.
+
+    Args:
+      agent: plays the episodes.
+      tasks: prompt number -> task.
+
+    Raises:
+      Exception: what an episode raised; a failure that is expected would have
+        been its outcome.
+    """
+    running: dict[str, asyncio.Task] = {}
+
+    def start(id: str, index: int) -> None:
+      group = self._play_group(agent, tasks[index], id, index)
+      running[id] = asyncio.create_task(group)
+
+    try:
+      while True:
+        for id, index in self.window.unfinished():
+          if id not in running:  # restored from a checkpoint
+            start(id, index)
+        while self.window.occupied < self._in_flight:
+          id = self.group_id(self.window.next_index)
+          start(id, self.window.submit(id))
+        self._changed.clear()
+        await self._changed.wait()
+        for id in [id for id, task in running.items() if task.done()]:
+          running.pop(id).result()
+    finally:
+      for task in running.values():
+        task.cancel()
+
+  async def take(self, count: int) -> list[str]:
+    """Waits until the window has given `count` groups."""
+    taken = self.window.take(count)
+    while len(taken) < count:
+      await self._changed.wait()
+      await asyncio.sleep(0)  # `keep_running` clears the event
+      taken += self.window.take(count - len(taken))
+    return taken
+
+  def free(self) -> None:
+    """The taken groups' weights are in the engine: their slots are free."""
+    self.window.free()
+    self._changed.set()
+
+  def group_id(self, index: int) -> str:
+    """The id of prompt number `index` when this process plays it."""
+    return f'g{index}.{self._run}'
+
+  async def _play_group(
+    self, agent: Agent, task: types.Task, id: str, index: int
+  ) -> None:
+    async def play(member: int, episode: str) -> types.Reward:
+      seed = types.seed(self._seed, index, member)
+      reward = await agent.play(task, episode, seed)
+      self.pool.put_reward(reward)
+      self.pool.close(episode, group=id, task=task.id, skill=task.skill)
+      return reward
+
+    names = enumerate(episodes(id, self._group_size))
+    try:
+      rewards = await asyncio.gather(*(play(*pair) for pair in names))
+      self._count(rewards)
+      scores = sum(r.outcome == types.Outcome.SCORE for r in rewards)
+      if scores < 2:  # nothing to compare
+        self.window.drop(id)
+        self.counters.dropped += 1
+      else:
+        self.window.done(id)
+    finally:
+      self._changed.set()
+
+  def _count(self, rewards: list[types.Reward]) -> None:
+    self.counters.groups += 1
+    self.counters.episodes += len(rewards)
+    for name in ('infra', 'timeout', 'tamper'):
+      count = sum(reward.outcome == name for reward in rewards)
+      setattr(self.counters, name, getattr(self.counters, name) + count)
+
+
+class Scene:
+  """An event loop that is wound on from outside, a context manager.
+
+  Background coroutines run only inside `until`; one that ends, ends the run.
+  """
+
+  def __init__(self):
+    """Makes the loop."""
+    self._runner = asyncio.Runner()
+    self._background: list[asyncio.Task] = []
+
+  def __enter__(self) -> 'Scene':
+    """Gives the scene itself."""
+    return self
+
+  def __exit__(self, *_) -> None:
+    """Cancels what is left and closes the loop."""
+    self._runner.close()
+
+  def start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    """Adds a background coroutine."""
+    task = self._runner.get_loop().create_task(coroutine)
+    self._background.append(task)
+
+  def until(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Runs everything until `coroutine` is done; returns its result.
+
+    Raises:
+      Exception: what it, or a background coroutine, raised.
+    """
+
+    async def race():
+      main = asyncio.create_task(coroutine)
+      done, _ = await asyncio.wait(
+        {main, *self._background}, return_when=asyncio.FIRST_COMPLETED
+      )
+      for task in self._background:
+        if task in done:
+          main.cancel()
+          task.result()
+      return main.result()
+
+    return self._runner.run(race())
+
+
+def episodes(group: str, group_size: int) -> list[str]:
+  """The ids of a group's episodes."""
+  return [f'{group}/{member}' for member in range(group_size)]

@@ -1,0 +1,181 @@
+"""The host side of a step: reads its metrics one step late, writes them down.
+
+While the device works on a step, the numbers of the one before are read,
+checked and written, so that the device never waits for the host.
+"""
+
+import pathlib
+import time
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2 import config as settings
+from m2.model import params as model_params
+from m2.obs import metrics, profile
+from m2.train import introspect
+
+SHOWN = ('loss', 'grad_norm')  # on the progress line
+
+
+class TrainingError(Exception):
+  """Training cannot go on; the weights of the last checkpoint are sound."""
+
+
+class _Pending(NamedTuple):
+  """A step whose numbers are still on the device."""
+
+  step: int
+  metrics: dict[str, Any]
+  host: dict[str, float]
+
+
+class Journal:
+  """Writes what steps report; a context manager."""
+
+  def __init__(
+    self, config: settings.RunConfig, workdir: pathlib.Path, start: int
+  ):
+    """Opens the files of `workdir`, on the first host only.
+
+    Args:
+      config: `log`, `model`, `data`, `steps` are read.
+      workdir: of the run.
+      start: step that the run goes on from.
+    """
+    self._workdir = workdir
+    self._pending: _Pending | None = None
+    self._writer = self._progress = None
+    if jax.process_index() == 0:
+      self._writer = metrics.MetricWriter(
+        workdir, tensorboard=config.log.tensorboard, resume=start
+      )
+      self._progress = metrics.Progress(config.steps, every=config.log.every)
+    self._tracer = profile.Tracer(
+      workdir, jax.profiler.start_trace, jax.profiler.stop_trace
+    )
+    self._flops = profile.train_flops(
+      model_params.active_count(config.model)
+      + config.model.d_model * config.model.vocab,
+      config.model.layers,
+      config.model.heads,
+      config.model.head_dim,
+      config.data.length,
+    )
+    self._clock = time.monotonic()
+
+  def __enter__(self) -> 'Journal':
+    """Gives the journal itself."""
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    """Writes what is pending, unless an error is on its way, and closes."""
+    try:
+      self._tracer.close()
+    finally:
+      if self._writer:
+        self._writer.close()
+
+  def before(self, step: int) -> None:
+    """Call before step `step` (counted from 0)."""
+    self._tracer.before(step)
+
+  def after(
+    self,
+    step: int,
+    fresh: dict[str, Any],
+    batch: Mapping[str, np.ndarray],
+    counts: Mapping[str, int],
+    params: Any,
+  ) -> None:
+    """Takes the numbers of a step, and writes those of the one before.
+
+    Args:
+      step: updates done, this one included.
+      fresh: what `train_step` returned; still being computed.
+      batch: what it was given, on the host.
+      counts: of the data so far (`m2.data.pipeline.BatchIterator.counts`).
+      params: newest parameters, for the diagnosis of a failure.
+
+    Raises:
+      TrainingError: the step before was not finite.
+    """
+    host = {
+      'data/fill': float((batch['until'] > 0).mean()),
+      'data/truncated': counts['truncated'],
+      'data/hash': zlib.crc32(batch['tokens'].tobytes()),
+    }
+    self.flush(params)
+    self._pending = _Pending(step, fresh, host)
+
+  def flush(self, params: Any) -> None:
+    """Writes what is pending; waits for the device.
+
+    Raises:
+      TrainingError: that step was not finite.
+    """
+    if self._pending is None:
+      return
+    (step, fresh, host), self._pending = self._pending, None
+    values = jax.device_get(fresh)
+    now, before = time.monotonic(), self._clock
+    self._clock = now
+    record = values.pop('introspection', None)
+    bad = values.pop('bad')
+    host['seconds'] = now - before
+    host['tokens_per_second'] = float(values['tokens']) / (now - before)
+    share = profile.mfu(
+      host['tokens_per_second'],
+      self._flops,
+      jax.devices()[0].device_kind,
+      jax.device_count(),
+    )
+    if share is not None:
+      host['mfu'] = share
+    if self._writer:
+      self._write(step, values | host, record)
+    if bad.any():
+      raise TrainingError(self._diagnosis(step, values, bad, params))
+
+  def _write(self, step: int, values: dict, record: dict | None) -> None:
+    self._writer.write(step, values)
+    if record is not None:
+      named = {name: float(values[name]) for name in ('loss', 'ce', 'z')}
+      self._writer.record(step, named | introspect.flatten(record))
+    self._progress.update(
+      step, int(values['tokens']), {name: values[name] for name in SHOWN}
+    )
+
+  def _diagnosis(self, step: int, values: dict, bad, params: Any) -> str:
+    """One line: what is not finite, where first, and what is still sound."""
+    names = [
+      jax.tree_util.keystr(path, simple=True, separator='/')
+      for path, _ in jax.tree.leaves_with_path(params)
+    ]
+    broken = [
+      name
+      for name, fine in zip(names, jax.device_get(_finite(params)))
+      if not fine
+    ]
+    gradients = [name for name, hit in zip(names, bad[1:]) if hit]
+    if broken:
+      where = f'the weights {broken[0]} were not finite before it'
+    elif gradients:
+      where = f'the weights are finite, the gradient of {gradients[0]} is not'
+    else:
+      where = 'weights and gradients are finite'
+    return (
+      f'step {step} is not finite: loss {float(values["loss"])}; {where}. '
+      'Nothing was updated and the checkpoints in '
+      f'{self._workdir / "checkpoints"} are sound; a lower optim.lr or '
+      'optim.clip may help, and metrics.jsonl shows how it came'
+    )
+
+
+@jax.jit
+def _finite(params: Any) -> list[jax.Array]:
+  return [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]

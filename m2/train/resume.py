@@ -1,0 +1,139 @@
+"""Where a run begins: its own checkpoint, given weights, or random ones."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import optax
+
+from m2 import config as settings
+from m2.checkpoint import store
+from m2.data import tokenizer as tokenizers
+from m2.train import state as train_state
+
+# What a run is: changed between start and resume, its steps would no longer
+# be those of one run. Everything else may change, and is printed if it does.
+FIXED = ('mode', 'seed', 'model', 'data', 'tasks')
+FIXED_LEAVES = ('optim.name', 'optim.train_only')
+FREE = ('data.prefetch', 'model.remat')
+
+
+def note(
+  config: settings.RunConfig, tokenizer: tokenizers.Tokenizer
+) -> dict[str, Any]:
+  """What every checkpoint of the run says of it: config and tokenizer."""
+  tree = json.loads(settings.to_config(config).to_json())
+  return {'config': tree, 'tokenizer': tokenizer.fingerprint()}
+
+
+def data_config(config: settings.RunConfig) -> settings.DataConfig:
+  """The data settings, with the tokenizer that `checkpoint.init_from` brings.
+
+  A tokenizer named in `data.tokenizer` comes first.
+  """
+  start = config.checkpoint.init_from
+  if config.data.tokenizer or not start:
+    return config.data
+  path = pathlib.Path(start)
+  for folder in (path, *path.resolve().parents[:2]):
+    if (folder / 'tokenizer.json').is_file():
+      tree = settings.to_config(config.data).to_dict()
+      tree['tokenizer'] = str(folder / 'tokenizer.json')
+      return settings.DataConfig(**tree)
+  return config.data
+
+
+def begin(
+  config: settings.RunConfig,
+  mesh: jax.sharding.Mesh,
+  optimizer: optax.GradientTransformation,
+  checkpoints: store.Store,
+  batches: Any,
+  run_note: dict[str, Any],
+) -> train_state.TrainState:
+  """The state to go on from; moves `batches` to its place.
+
+  Args:
+    config: `checkpoint`, `model` and `seed` are read.
+    mesh: where the state lives.
+    optimizer: makes its moments.
+    checkpoints: of this run.
+    batches: iterator with `set_state`.
+    run_note: from `note`; compared with that of the checkpoint.
+
+  Raises:
+    m2.checkpoint.store.CheckpointError: a checkpoint cannot be used.
+    ValueError: the run in the workdir has other settings, or the weights to
+      start from belong to another tokenizer.
+  """
+  on_corrupt = config.checkpoint.on_corrupt
+  if checkpoints.steps():
+    abstract = train_state.abstract(config.model, mesh, optimizer)
+    restored = checkpoints.restore(abstract, batches, on_corrupt=on_corrupt)
+    for line in changes(restored.extra, run_note, str(checkpoints.directory)):
+      print(line, flush=True)
+    print(f'resumed from step {restored.step}', flush=True)
+    return restored.state
+  if config.checkpoint.init_from:
+    path = pathlib.Path(config.checkpoint.init_from)
+    params = store.load_params(path, config.model, mesh)
+    _check_tokenizer(path, run_note)
+    return train_state.start(params, mesh, optimizer)
+  key = jax.random.key(config.seed)
+  return train_state.create(config.model, key, mesh, optimizer)
+
+
+def changes(
+  before: dict[str, Any], now: dict[str, Any], where: str
+) -> list[str]:
+  """Lines on settings that differ from those the run was started with.
+
+  Raises:
+    ValueError: one that makes it another run.
+  """
+  old, new = _flat(before['config']), _flat(now['config'])
+  differing = {
+    name: (old.get(name), new.get(name))
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name)
+  }
+  if before['tokenizer'] != now['tokenizer']:
+    differing['data.tokenizer'] = (before['tokenizer'], now['tokenizer'])
+  lines = [
+    f'{name} was {was!r}, is {now_is!r}'
+    for name, (was, now_is) in differing.items()
+  ]
+  fixed = [
+    line
+    for line, name in zip(lines, differing)
+    if name not in FREE
+    and (name.split('.')[0] in FIXED or name in FIXED_LEAVES)
+  ]
+  if fixed:
+    raise ValueError(
+      f'{where} holds a run with other settings: {"; ".join(fixed)}. Set them '
+      'back to resume it, or give another --workdir'
+    )
+  return [f'resuming with a changed setting: {line}' for line in lines]
+
+
+def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _check_tokenizer(path: pathlib.Path, run_note: dict[str, Any]) -> None:
+  if any(path.glob('*.safetensors')):
+    return  # the public format does not say which tokenizer it was trained on
+  extra = store.read_meta(store.newest(path))['extra']
+  if extra.get('tokenizer', run_note['tokenizer']) != run_note['tokenizer']:
+    raise ValueError(
+      f'checkpoint.init_from={path} was trained with another tokenizer; name '
+      'its tokenizer.json in data.tokenizer'
+    )

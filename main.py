@@ -1,0 +1,104 @@
+"""Runs one config: `python main.py --config=configs/m2.py:tiny`.
+
+Results go to `--workdir`, with a `config.json` that `configs/rerun.py` repeats.
+Settings that make no sense stop here in one line, before anything is compiled.
+Compiled programs are kept for later runs; `JAX_COMPILATION_CACHE_DIR= python
+main.py ...` goes without.
+"""
+
+import importlib
+import os
+import pathlib
+import sys
+import traceback
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from configs import common
+from m2 import config as settings
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'FILE[:words,a.b=1]')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Default: runs/<config>.')
+
+# Mode -> module whose `run(config, workdir)` it is; imported when chosen.
+RUNS = {
+  'pretrain': 'm2.train.loop',
+  'sft': 'm2.train.loop',
+  'rl': 'm2.forge.loop',
+  'eval': 'm2.forge.evaluate',
+  'evolve': 'm2.evolve.loop',
+  'convert': 'm2.checkpoint.convert',
+  'quickstart': 'm2.stages',
+}
+
+
+def main(_) -> None:
+  """Freezes the config, keeps it in the workdir, runs its mode."""
+  try:
+    config = settings.RunConfig.from_config(CONFIG.value)
+  except ValueError as error:
+    stop(error, 2)
+  workdir = pathlib.Path(
+    WORKDIR.value or common.workdir(CONFIG.config_filename)
+  )
+  workdir.mkdir(parents=True, exist_ok=True)
+  kept = workdir / 'config.json'
+  before = kept.read_bytes() if kept.exists() else b''
+  kept.write_text(CONFIG.value.to_json(indent=2) + '\n')
+  try:
+    run(config, workdir)
+  except Exception as error:
+    kept.write_bytes(before or kept.read_bytes())  # a refusal leaves no mark
+    (workdir / 'error.txt').write_text(traceback.format_exc())
+    ours = type(error).__module__.startswith('m2.')
+    if not ours and not isinstance(error, ValueError | OSError):
+      raise  # a bug, not a message to the user
+    code = 2 if isinstance(error, ValueError) else 1
+    stop(f'{error} (details: {workdir / "error.txt"})', code)
+  if unread := settings.unread(config):
+    print(f'no code read these settings: {", ".join(unread)}', file=sys.stderr)
+
+
+def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
+  """Runs the mode's module; fine-tuning is given its demonstrations."""
+  for name, value in common.compilation_cache().items():
+    os.environ.setdefault(name, value)
+  module, given = importlib.import_module(RUNS[config.mode]), ()
+  if config.mode == 'sft' and config.data.source == 'tasks':
+    tasks = importlib.import_module('m2.envs.tasks')
+    whitebox = importlib.import_module('m2.agents.whitebox')
+    system, tools = whitebox.opening(config.prompt)
+    given = (
+      tasks.Demonstrations(
+        config.tasks,
+        config.data.examples,
+        config.seed,
+        system=system,
+        tools=tools,
+      ),
+    )
+  module.run(config, workdir, *given)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads flags, config file and overrides; wrong ones end in one line."""
+  try:
+    left = flags.FLAGS(argv)
+    given = CONFIG.value is not None and CONFIG.value.to_dict()
+  except Exception as error:  # config files are code: anything may come
+    stop(common.explain(error, argv), 2)
+  if left[1:] or not given:
+    stop('give --config=FILE, such as --config=configs/m2.py:tiny', 2)
+  logging.set_verbosity(logging.WARNING)
+  return left
+
+
+def stop(reason: object, code: int) -> None:
+  """Ends the process with one line on standard error."""
+  print(f'error: {reason}', file=sys.stderr)
+  sys.exit(code)
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse)

@@ -1,0 +1,112 @@
+"""Tile sizes are data: one frozen record an operation, a table a device kind.
+
+`tiles.json` holds what `autotune` measured: device kind -> operation ->
+contraction and output widths -> Tiles. A shape that is not in the table takes
+the default, which is sound on every Hopper GPU.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+
+TABLE = pathlib.Path(__file__).with_name('tiles.json')
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """How a grouped product is cut up.
+
+  Attributes:
+    rows: rows of an output tile, half for each of two warpgroups.
+    columns: columns of an output tile.
+    depth: contraction length of one pipeline stage.
+    stages: how many stages are in flight.
+    band: tiles along the rows that are visited together before the next
+      columns, so that both operands stay in the L2 cache.
+    cluster: neighbouring column tiles whose blocks share the copies of their
+      common rows.
+    staging: pieces of an output tile that may be on their way to memory.
+  """
+
+  rows: int = 128
+  columns: int = 256
+  depth: int = 64
+  stages: int = 4
+  band: int = 16
+  cluster: int = 1
+  staging: int = 2
+
+  def __post_init__(self):
+    if self.rows % 128 or self.columns % 128 or self.depth % 64:
+      raise ValueError(
+        f'{self}: rows and columns must be multiples of 128, depth of 64'
+      )
+    if self.stages < 2 or self.band < 1:
+      raise ValueError(f'{self}: needs 2 stages and a band of 1 at least')
+
+
+def lookup(device_kind: str, operation: str, shape: tuple[int, int]) -> Tiles:
+  """The tiles measured best for this device and shape, or the default.
+
+  Args:
+    device_kind: as `jax.Device.device_kind` has it, such as 'NVIDIA H200'.
+    operation: 'product', 'transposed' or 'weight_gradient'.
+    shape: widths of the contraction and of the output; for
+      'weight_gradient', of the output's two sides.
+  """
+  entry = _table().get(device_kind, {}).get(operation, {})
+  found = entry.get('x'.join(map(str, shape)))
+  return Tiles(**found) if found else fitted(Tiles(), shape[1])
+
+
+def fitted(tiles: Tiles, columns: int) -> Tiles:
+  """`tiles`, narrower where its columns do not divide the output's."""
+  if columns % tiles.columns == 0:
+    return tiles
+  return dataclasses.replace(tiles, columns=128)
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+  return json.loads(TABLE.read_text())
+
+
+def autotune(
+  call: Callable[[Tiles], jax.Array],
+  candidates: Iterable[Tiles],
+  *,
+  repeats: int = 10,
+) -> tuple[Tiles, dict[Tiles, float]]:
+  """Times `call` with each candidate on the device at hand.
+
+  Args:
+    call: runs the operation with these tiles.
+    candidates: what to try.
+    repeats: timed calls a candidate, after two that compile and warm up.
+
+  Returns:
+    The candidate of the lowest median, and every median in seconds.
+
+  Raises:
+    ValueError: there are no candidates.
+  """
+  seconds = {}
+  for tiles in candidates:
+    run = jax.jit(functools.partial(call, tiles))
+    for _ in range(2):
+      jax.block_until_ready(run())
+    samples = []
+    for _ in range(repeats):
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      samples.append(time.perf_counter() - start)
+    seconds[tiles] = statistics.median(samples)
+  if not seconds:
+    raise ValueError('autotune needs at least one candidate')
+  return min(seconds, key=seconds.get), seconds

@@ -1,0 +1,127 @@
+"""Writes README's tables of measurements from `results/*.json`.
+
+    python -m tests.bench.readme
+
+Each table stands between `<!-- results: NAME -->` and `<!-- end -->`. A table
+whose results are absent says so; no number in it is ever typed by hand. The
+test beside this file fails when README and the results differ.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tests.bench import record
+
+README = pathlib.Path(__file__).resolve().parents[2] / 'README.md'
+BLOCK = re.compile(
+  r'(<!-- results: (?P<name>\w+) -->\n)(?P<body>.*?)(<!-- end -->)', re.DOTALL
+)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A Markdown table; '' without rows."""
+  if not rows:
+    return ''
+  lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
+  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def points(difference: dict[str, Any] | None) -> str:
+  """A paired gain in points with its interval."""
+  if not difference:
+    return 'none'
+  low, high = (100 * end for end in difference['interval'])
+  return f'{100 * difference["mean"]:+.1f} [{low:+.1f}, {high:+.1f}]'
+
+
+def quickstart(results: Sequence[dict[str, Any]]) -> str:
+  """A row for each seed on each machine."""
+  rows = [
+    quickstart_row(result['device'], run)
+    for result in results
+    for run in result['rows']
+  ]
+  head = (
+    'seed', 'SFT', 'RL', 'RL over SFT, points', 'evolve round', 'n',
+    'minutes', 'peak GiB', 'machine', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
+def quickstart_row(device: str, run: dict[str, Any]) -> list[str]:
+  stages = {stage['name']: stage for stage in run['stages']}
+  whole = [x for x in run['differences'] if x['skill'] is None]
+  pairs = {(x['after'], x['before']): x for x in whole}
+  verdict = run['evolve']['verdict']
+  if verdict != 'none':
+    verdict += f': {run["evolve"]["skill"]}'
+  return [
+    str(run['seed']),
+    f'{100 * stages["sft"]["rate"]:.1f}%',
+    f'{100 * stages["rl"]["rate"]:.1f}%',
+    points(pairs.get(('rl', 'sft'))),
+    verdict,
+    str(stages['rl']['n']),
+    f'{run["seconds"] / 60:.1f}',
+    f'{run["peak_bytes"] / 2**30:.1f}',
+    f'{device}, {run["environment"]["cores"]} cores',
+    f'`{run["commit"][:9]}`',
+  ]
+
+
+def step_time(results: Sequence[dict[str, Any]]) -> str:
+  """A row for each config on each device."""
+  rows = [
+    [
+      f'`{row["config"]}`',
+      f'{row["parameters"]:,}',
+      f'{row["tokens_per_step"]:,}',
+      f'{1e3 * row["seconds"]["median"]:.1f}',
+      str(row['seconds']['n']),
+      f'{row["tokens_per_second"]:,.0f}',
+      f'{result["device"]} x {row["devices"]}',
+      f'`{result["commit"][:9]}`',
+    ]
+    for result in results
+    for row in result['rows']
+  ]
+  head = (
+    'config', 'parameters', 'tokens a step', 'median ms', 'n', 'tokens/s',
+    'device', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
+TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+  'quickstart': quickstart,
+  'step_time': step_time,
+}
+
+
+def render(text: str, folder: pathlib.Path = record.RESULTS) -> str:
+  """`text` with every results block made anew.
+
+  Raises:
+    ValueError: a block names no known table, or a known table has no block.
+  """
+  names = [match['name'] for match in BLOCK.finditer(text)]
+  if sorted(names) != sorted(TABLES):
+    raise ValueError(
+      f'README has result blocks {sorted(names)}; expected {sorted(TABLES)}'
+    )
+
+  def fill(match: re.Match) -> str:
+    body = TABLES[match['name']](record.read(match['name'], folder))
+    return f'{match[1]}\n{body or "Not measured yet."}\n{match[4]}'
+
+  return BLOCK.sub(fill, text)
+
+
+def main() -> None:
+  README.write_text(render(README.read_text()))
+
+
+if __name__ == '__main__':
+  main()

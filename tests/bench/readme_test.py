@@ -1,0 +1,64 @@
+"""README's numbers are those of the results, and only those."""
+
+import json
+import pathlib
+
+from absl.testing import absltest
+
+from tests.bench import quickstart, readme, record
+from tests.obs import sample
+
+EMPTY = '<!-- results: quickstart -->\nold\n<!-- end -->\n' + (
+  '<!-- results: step_time -->\n<!-- end -->'
+)
+
+
+class ReadmeTest(absltest.TestCase):
+  def test_readme_is_what_the_results_say(self):
+    text = readme.README.read_text()
+    self.assertEqual(
+      text, readme.render(text), 'run: python -m tests.bench.readme'
+    )
+
+  def test_absent_results_leave_no_numbers(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    text = readme.render(EMPTY, folder)
+    self.assertNotIn('old', text)
+    self.assertEqual(text.count('Not measured yet.'), 2)
+
+  def test_a_run_becomes_a_row(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    (folder / 'run').mkdir()
+    results = sample.results()
+    results['environment']['processor'] = 'Some CPU (R) 9'
+    (folder / 'run' / 'results.json').write_text(json.dumps(results))
+    rows = quickstart.collect([folder / 'run'])
+    path = record.write('quickstart', 'Some CPU (R) 9', rows, command='x',
+                        folder=folder)  # fmt: skip
+    self.assertEqual(path.name, 'quickstart-some-cpu-r-9.json')
+    text = readme.render(EMPTY, folder)
+    self.assertIn(
+      '| 0 | 42.0% | 61.0% | +19.0 [+14.0, +24.0] | keep: split_table | 400 | '
+      '13.0 | 3.0 | Some CPU (R) 9, 2 cores | `cdcdcdcdc` |\n',
+      text,
+    )
+
+  def test_two_runs_of_one_seed_are_refused(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    (folder / 'results.json').write_text(json.dumps(sample.results()))
+    with self.assertRaisesRegex(ValueError, 'needs one of its own'):
+      quickstart.collect([folder, folder])
+
+  def test_a_missing_block_is_an_error(self):
+    with self.assertRaisesRegex(ValueError, 'step_time'):
+      readme.render('no blocks')
+
+  def test_summary_gives_median_and_n(self):
+    found = record.summary([3.0, 1.0, 2.0])
+    self.assertEqual(found, {'n': 3, 'median': 2.0, 'min': 1.0, 'max': 3.0})
+    with self.assertRaisesRegex(ValueError, 'nothing was measured'):
+      record.summary([])
+
+
+if __name__ == '__main__':
+  absltest.main()

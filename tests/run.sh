@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Runs the tests; arguments go to pytest.
+#
+#   bash tests/run.sh [--all] [PYTEST ARGUMENTS...]
+#
+# Light: needs what main.py needs, pytest and ruff. --all adds the heavy ones:
+# transformers on torch (an environment of its own, .oracle), compiling for TPUs
+# that are not here (libtpu in a folder of its own, .tpu), headless Chromium.
+# What --all needs and cannot get is an error, never a skipped test.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+all=no
+arguments=()
+for argument; do
+  case $argument in
+    --all) all=yes ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+
+say() { echo "tests/run.sh: $*" >&2; }
+
+find_chromium() {
+  local name
+  for name in chromium chromium-browser google-chrome google-chrome-stable; do
+    command -v "$name" && return 0
+  done
+  return 1
+}
+
+get_chromium() {
+  find_chromium >/dev/null && return 0
+  if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    say 'installing chromium'
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq \
+      -y --no-install-recommends chromium >/dev/null
+  fi
+  find_chromium >/dev/null && return 0
+  say '--all needs Chromium on PATH: apt install chromium (or any Chrome)'
+  return 1
+}
+
+# The compiler for TPUs, beside the environment: inside it, jax would look for
+# a TPU in every process.
+get_libtpu() {
+  local pin
+  pin=$(sed -n 's/^libtpu==//p' tests/tpu_requirements.txt)
+  [[ -f .tpu/$pin ]] && return 0
+  say "installing libtpu $pin in .tpu"
+  rm -rf .tpu
+  .venv/bin/python -m pip install --quiet --no-deps --target .tpu \
+    -r tests/tpu_requirements.txt
+  touch ".tpu/$pin"
+}
+
+bash launch/env.sh tests/requirements.txt
+marks='not heavy and not device'
+if [[ $all == yes ]]; then
+  get_chromium
+  get_libtpu
+  bash tests/oracle/env.sh
+  marks='not device'
+fi
+# Two processes: more only divides two cores further. A file stays in one
+# process, which compiles its programs once.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "$marks" \
+  ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,112 @@
+"""Every mode, run for real in small: it works, and reads all its settings.
+
+The runs are those of `tests/play.py`, in a process with one CPU device; under
+`--all` again on a mesh of eight. The loop over the stages (`evolve`,
+`quickstart`) has its story in `stages_test.py` and is only read here.
+"""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import chex
+import pytest
+from absl.testing import absltest, parameterized
+
+from m2 import config as m2_config
+from m2.checkpoint import store
+from m2.eval import run as eval_run
+from m2.obs import curves, dashboard
+from tests import play, stages_test
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MISMATCH = 1e-4  # nats; float32 on CPU
+# Settings that a mode is given with the rest of their section, and why it has
+# no use for them. One that is read after all is an error, too.
+UNUSED: dict[str, dict[str, str]] = {}
+
+
+class Story(parameterized.TestCase):
+  """The runs, and what is asked of them; the classes below are the tests."""
+
+  __test__ = False
+  devices = 1
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    folder = tempfile.TemporaryDirectory()
+    cls.addClassCleanup(folder.cleanup)
+    cls.root = pathlib.Path(folder.name)
+    run = subprocess.run(
+      [sys.executable, '-m', 'tests.play', str(cls.root), str(cls.devices)],
+      cwd=ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+      capture_output=True,
+      text=True,
+    )
+    if run.returncode:
+      raise RuntimeError(run.stderr[-4000:])
+    cls.unread = json.loads((cls.root / 'unread.json').read_text())
+
+  def rows(self, name: str) -> list[dict]:
+    lines = (self.root / name / 'metrics.jsonl').read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+  @parameterized.parameters('pretrain', 'sft', 'rl', 'eval', 'convert')
+  def test_every_setting_is_read(self, mode):
+    self.assertEqual(self.unread[mode], sorted(UNUSED.get(mode, {})))
+
+  @parameterized.parameters('pretrain', 'sft', 'rl')
+  def test_training_leaves_a_line_a_step_and_finite_losses(self, name):
+    rows = self.rows(name)
+    self.assertEqual([row['step'] for row in rows], [1, 2])
+    key = 'policy/loss' if name == 'rl' else 'loss'
+    self.assertTrue(all(math.isfinite(row[key]) for row in rows), rows)
+
+  def test_the_trainer_scores_what_the_engine_sampled(self):
+    for row in self.rows('rl'):
+      self.assertLess(row['mismatch/max'], MISMATCH)
+      self.assertGreater(row['mismatch/fresh'], 0)
+
+  def test_evaluation_leaves_a_row_for_every_task(self):
+    report = eval_run.load(self.root / 'eval' / 'eval.json')
+    self.assertLen(report.rows, play.MICRO['eval.tasks'])
+
+  def test_conversion_and_back_keeps_every_weight(self):
+    model = play.config('configs/sft.py:tiny').model
+    before, after = (
+      store.load_params(self.root / name, model) for name in ('rl', 'again')
+    )
+    chex.assert_trees_all_equal(before, after)
+
+  def test_the_report_draws_what_they_left(self):
+    titles = {chart.title for chart in dashboard.collect(self.root).charts}
+    for panel in curves.PANELS:
+      drawn = {f'{panel.title}: {name}' for name in ('rl', 'sft')}
+      self.assertNotEmpty(drawn & titles, f'{panel.title} draws nothing')
+    self.assertIn('Load of every expert: rl', titles)
+
+
+class OneDeviceTest(Story):
+  __test__ = True
+
+  def test_the_loop_over_the_stages_reads_every_setting(self):
+    thawed = m2_config.to_config(stages_test.config())
+    config = m2_config.RunConfig.from_config(thawed)
+    stages_test.run_here(config, self.root / 'stages')
+    self.assertEqual(m2_config.unread(config), [])
+
+
+@pytest.mark.heavy
+class MeshTest(Story):
+  __test__ = True
+  devices = 8
+
+
+if __name__ == '__main__':
+  absltest.main()

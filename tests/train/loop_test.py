@@ -1,0 +1,162 @@
+"""A run learns, resumes to the bit after a kill, and stops on bad numbers."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from m2.checkpoint import store
+from m2.train import journal, loop
+from tests.train import small, worker
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEPS = 40
+# One config for every test: its programs are compiled once.
+ARGUMENTS = (f'steps={STEPS}', 'checkpoint.every=4', 'log.introspect=15')
+
+
+def lines(workdir: pathlib.Path, name: str = 'metrics') -> list[dict]:
+  text = (workdir / f'{name}.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+  rows = lines(workdir)
+  assert [row['step'] for row in rows] == list(range(1, len(rows) + 1)), rows
+  return [row['loss'] for row in rows]
+
+
+def checkpoints(workdir: pathlib.Path) -> list[str]:
+  return sorted(path.name for path in (workdir / 'checkpoints').glob('[0-9]*'))
+
+
+def run_loop(workdir: pathlib.Path, *arguments: str):
+  settings = worker.settings(*ARGUMENTS, *arguments)
+  return loop.run(settings, workdir, worker.source())
+
+
+class LoopTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    folder = tempfile.TemporaryDirectory()
+    cls.addClassCleanup(folder.cleanup)
+    cls.first = pathlib.Path(folder.name) / 'a run'
+    cls.first.mkdir()
+    cls.state = jax.device_get(run_loop(cls.first))
+
+  def workdir(self) -> pathlib.Path:
+    return pathlib.Path(self.create_tempdir().full_path)
+
+  def test_learns_and_records(self):
+    self.assertEqual(self.state.step, STEPS)
+    values = losses(self.first)
+    self.assertLen(values, STEPS)
+    self.assertLess(values[-1], values[0] - 1)
+    looked = lines(self.first, 'introspection')
+    self.assertEqual([row['step'] for row in looked], [15, 30, STEPS])
+    self.assertEqual(looked[0]['loss'], values[14])
+    self.assertEqual(checkpoints(self.first), ['36', '40'])
+
+  def test_a_finished_run_returns_at_once(self):
+    before = (self.first / 'metrics.jsonl').read_bytes()
+    again = jax.device_get(run_loop(self.first))
+    jax.tree.map(np.testing.assert_array_equal, self.state, again)
+    self.assertEqual((self.first / 'metrics.jsonl').read_bytes(), before)
+
+  def test_another_run_in_the_workdir_is_refused(self):
+    with self.assertRaisesRegex(ValueError, 'seed was 0, is 1.*workdir'):
+      run_loop(self.first, 'seed=1')
+    with self.assertRaisesRegex(ValueError, 'data.length was 16, is 32'):
+      run_loop(self.first, 'data.length=32')
+    self.assertEqual(checkpoints(self.first), ['36', '40'])
+
+  def test_starts_from_weights_of_another_run(self):
+    second = self.workdir()
+    run_loop(second, f'checkpoint.init_from={self.first}')
+    # The tokenizer came along, and the loss goes on where the first ended.
+    self.assertEqual(
+      (self.first / 'tokenizer.json').read_bytes(),
+      (second / 'tokenizer.json').read_bytes(),
+    )
+    first, values = losses(self.first), losses(second)
+    self.assertLess(values[0], (first[0] + first[-1]) / 2)
+
+  def test_a_bad_weight_stops_the_run_and_is_named(self):
+    workdir, start = self.workdir(), self.workdir()
+    params = jax.tree.map(np.array, self.state.params)
+    params['blocks']['moe']['wo'][1, 2, 3] = np.nan
+    with store.Store(start / 'checkpoints') as made:
+      placed = jax.tree.map(jax.numpy.asarray, params)
+      made.save({'params': placed}, None, step=0, extra={})
+    message = 'step 1 is not finite.*blocks/moe/wo were not finite before it'
+    with self.assertRaisesRegex(journal.TrainingError, message):
+      run_loop(workdir, f'checkpoint.init_from={start}')
+    self.assertIsNone(losses(workdir)[0])
+    self.assertEmpty(checkpoints(workdir))
+
+  def test_rows_longer_than_the_model_reaches_are_refused(self):
+    with self.assertRaisesRegex(ValueError, 'data.length=65 exceeds'):
+      run_loop(self.workdir(), 'data.length=65')
+
+
+class KillTest(parameterized.TestCase):
+  """`kill -9` of real processes; the restarted run must not show it."""
+
+  def start(self, workdir: pathlib.Path) -> subprocess.Popen:
+    command = [sys.executable, '-m', 'tests.train.worker', str(workdir)]
+    command += ARGUMENTS
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+  def finish(self, workdir: pathlib.Path) -> None:
+    self.assertEqual(self.start(workdir).wait(), 0)
+
+  def kill_when(self, workdir: pathlib.Path, moment) -> None:
+    """Kills a run at the first look at which `moment()` holds."""
+    process = self.start(workdir)
+    while process.poll() is None and not moment():
+      time.sleep(0.0005)
+    self.assertIsNone(process.poll(), 'the run ended before it was killed')
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+  def test_killed_runs_end_as_if_they_had_not_been(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    whole, torn = folder / 'whole', folder / 'torn'
+    whole.mkdir()
+    torn.mkdir()
+    self.finish(whole)
+
+    def steps_done() -> int:
+      path = torn / 'metrics.jsonl'
+      return path.read_bytes().count(b'\n') if path.exists() else 0
+
+    def saving() -> bool:
+      names = os.listdir(torn / 'checkpoints')
+      return steps_done() > 14 and any('tmp' in name for name in names)
+
+    self.kill_when(torn, lambda: steps_done() >= 10)  # amid the steps
+    self.kill_when(torn, saving)  # amid a save
+    self.finish(torn)
+    self.assertEqual(losses(whole), losses(torn))
+    self.assertLen(losses(torn), STEPS)
+    for row, other in zip(
+      lines(whole, 'introspection'), lines(torn, 'introspection'), strict=True
+    ):
+      self.assertEqual(row, other)
+    first, second = (
+      store.load_params(path, small.MODEL) for path in (whole, torn)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+if __name__ == '__main__':
+  absltest.main()

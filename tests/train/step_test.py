@@ -1,0 +1,156 @@
+"""One update: the same by microbatches and on a mesh, guarded, balanced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from m2.train import step
+from tests.train import small
+
+# float32 sums in another order, relative to the largest value of a leaf.
+SUM_TOLERANCE = 5e-6
+# Adam divides a gradient by its own size: rounding of the tiniest ones shows.
+UPDATE_TOLERANCE = 2e-3
+
+BASE = small.run_config(modules=1)
+
+
+def gradients(cfg):
+  run = jax.jit(
+    lambda params, batch: step.gradients(
+      params, batch, model=cfg.model, cfg=cfg, step=jnp.int32(0)
+    )
+  )
+  return jax.device_get(run(small.weights(cfg), small.batch()))
+
+
+def assert_close(first, second, tolerance):
+  other = small.leaves(second)
+  for path, leaf in small.leaves(first).items():
+    size = max(np.abs(leaf).max(), 1e-3)
+    np.testing.assert_allclose(
+      leaf / size, other[path] / size, atol=tolerance, err_msg=path
+    )
+
+
+class AccumulateTest(parameterized.TestCase):
+  def test_microbatches_add_up_to_the_batch(self):
+    # Uneven weights: rows with few trained tokens must not count more.
+    whole, metrics = gradients(BASE)
+    cfg = small.run_config(modules=1, optim={'accumulate': 4})
+    parts, summed = gradients(cfg)
+    assert_close(whole, parts, SUM_TOLERANCE)
+    for metrics_of in (metrics, summed):
+      # Not linear in the batch: the mean over microbatches, see `loss_fn`.
+      self.assertAlmostEqual(metrics_of.pop('balance'), 1, places=1)
+    summed.pop('noise_scale')
+    assert_close(metrics, summed, SUM_TOLERANCE)
+
+  def test_noise_scale_of_known_squares(self):
+    # Microbatch gradients (1, 0) and (0, 1), given as shares of their mean:
+    # |G|^2 = (2 * 0.5 - 1) / 1 = 0, so there is nothing but noise.
+    total = {'a': jnp.array([0.5, 0.5])}
+    scale = step._noise_scale(total, jnp.array([0.25, 0.25]))
+    self.assertGreater(scale, 1e6)
+    # Equal ones have none.
+    total = {'a': jnp.array([1.0, 0])}
+    scale = step._noise_scale(total, jnp.array([0.25, 0.25]))
+    self.assertEqual(scale, 0)
+
+
+class MeshTest(parameterized.TestCase):
+  def test_eight_devices_with_microbatches_compute_what_one_does_at_once(self):
+    one, metrics = small.steps(BASE, 2)
+    cfg = small.run_config(
+      modules=1, optim={'accumulate': 2}, data={'batch': 2 * small.ROWS}
+    )
+    twice = {k: np.repeat(v, 2, axis=0) for k, v in small.batch().items()}
+    eight, others = small.steps(cfg, 2, small.EIGHT, rows=twice)
+    assert_close(one.params, eight.params, UPDATE_TOLERANCE)
+    for key in ('loss', 'ce', 'mtp', 'grad_norm', 'load_max', 'active'):
+      np.testing.assert_allclose(
+        metrics[key], others[key], rtol=UPDATE_TOLERANCE, err_msg=key
+      )
+    for part in ('blocks', 'mtp'):
+      np.testing.assert_array_equal(
+        one.params[part]['moe']['bias'], eight.params[part]['moe']['bias']
+      )
+
+
+class BalanceTest(parameterized.TestCase):
+  def test_bias_moves_by_the_sign_of_the_error_of_the_summed_load(self):
+    cfg = small.run_config(modules=1, optim={'bias_rate': 0.5})
+    params = small.weights(cfg)
+    load = {
+      'blocks': jnp.array([[9.0, 1, 2, 4, 4, 4, 4, 4], [1.0] * 8]),
+      'mtp': jnp.array([[0.0, 8, 0, 8, 0, 8, 0, 8]]),
+    }
+    moved = step.balance(params, load, cfg, jnp.int32(5))
+    np.testing.assert_array_equal(
+      moved['blocks']['moe']['bias'],
+      [[-0.5, 0.5, 0.5, 0, 0, 0, 0, 0], [0] * 8],
+    )
+    np.testing.assert_array_equal(
+      moved['mtp']['moe']['bias'], [[0.5, -0.5] * 4]
+    )
+
+  @parameterized.parameters((True, 0.05), (False, 0.5))
+  def test_rate_follows_the_schedule_if_asked(self, decays, expected):
+    cfg = small.run_config(
+      optim={'bias_rate': 0.5, 'bias_decay': decays, 'final': 0.1}
+    )
+    load = {'blocks': jnp.arange(16.0).reshape(2, 8)}
+    last = jnp.int32(cfg.steps - 1)
+    moved = step.balance(small.weights(cfg), load, cfg, last)
+    np.testing.assert_allclose(
+      np.abs(moved['blocks']['moe']['bias']), expected, rtol=1e-5
+    )
+
+  def test_step_balances_by_the_load_it_saw(self):
+    after, metrics = small.steps(BASE, 1)
+    load = gradients(BASE)[1]['load']
+    rate = BASE.optim.bias_rate / BASE.optim.warmup
+    for part, load_LE in load.items():
+      error = load_LE.mean(-1, keepdims=True) - load_LE
+      np.testing.assert_allclose(
+        after.params[part]['moe']['bias'], rate * np.sign(error), rtol=1e-6
+      )
+    tokens = (small.batch()['until'] > 0).sum()
+    layers, top_k = small.MODEL.layers, small.MODEL.top_k
+    self.assertEqual(load['blocks'].sum(), tokens * layers * top_k)
+    self.assertAlmostEqual(metrics['active'], top_k, places=5)
+
+  def test_mtp_only_leaves_the_trunk_as_it_is_to_the_bit(self):
+    cfg = small.run_config(modules=1, optim={'train_only': 'mtp'})
+    before = small.steps(cfg, 1)[0]
+    after = small.leaves(small.steps(cfg, 1, state=before)[0].params)
+    for path, leaf in small.leaves(before.params).items():
+      same = np.array_equal(leaf, after[path])
+      self.assertEqual(same, not path.startswith('mtp/'), path)
+
+
+class GuardTest(parameterized.TestCase):
+  def test_a_bad_update_is_not_applied(self):
+    state, metrics = small.steps(BASE, 1)
+    self.assertFalse(metrics['bad'].any())
+    broken = jax.tree.map(np.copy, state)
+    broken.params['blocks']['moe']['wi_0'][1, :, 3, 4] = np.inf
+    after, metrics = small.steps(BASE, 1, state=broken)
+    self.assertTrue(metrics['bad'][0])
+    self.assertEqual(after.step, state.step + 1)
+    after = after.replace(step=broken.step)
+    jax.tree.map(np.testing.assert_array_equal, after, broken)
+
+
+class InspectTest(parameterized.TestCase):
+  def test_looking_does_not_change_the_step(self):
+    plain, metrics = small.steps(BASE, 1)
+    looked, more = small.steps(BASE, 1, inspect=True)
+    self.assertIn('expert_load', more.pop('introspection'))
+    self.assertEqual(metrics.keys(), more.keys())
+    assert_close(plain.params, looked.params, UPDATE_TOLERANCE)
+
+
+if __name__ == '__main__':
+  absltest.main()
