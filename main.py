@@ -66,16 +66,14 @@ def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
     os.environ.setdefault(name, value)
   module, given = importlib.import_module(RUNS[config.mode]), ()
   if config.mode == 'sft' and config.data.source == 'tasks':
-    tasks = importlib.import_module('m2.envs.tasks')
-    whitebox = importlib.import_module('m2.agents.whitebox')
+    from m2.agents import whitebox
+    from m2.envs import tasks
+
     system, tools = whitebox.opening(config.prompt)
+    count, seed = config.data.examples, config.seed
     given = (
       tasks.Demonstrations(
-        config.tasks,
-        config.data.examples,
-        config.seed,
-        system=system,
-        tools=tools,
+        config.tasks, count, seed, system=system, tools=tools
       ),
     )
   module.run(config, workdir, *given)

@@ -32,11 +32,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.steps = 300
     config.optim.lr = 3e-3
     config.optim.warmup = 20
-  sections = {
-    'tasks': settings.TasksConfig(),
-    'prompt': settings.PromptConfig(),
-  }
-  for name in settings.MODES['sft']:
-    if name in sections:
-      config[name] = settings.to_config(sections[name])
+  config.tasks = settings.to_config(settings.TasksConfig())
+  config.prompt = settings.to_config(settings.PromptConfig())
   return common.set_leaves(config, leaves)

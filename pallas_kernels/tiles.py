@@ -11,7 +11,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
@@ -23,8 +23,7 @@ class Tiles:
   """How a grouped product is cut up.
 
   Attributes:
-    rows: rows of an output tile, half for each of two warpgroups.
-    columns: columns of an output tile.
+    columns: columns of an output tile of 128 rows.
     depth: contraction length of one pipeline stage.
     stages: how many stages are in flight.
     band: tiles along the rows that are visited together before the next
@@ -34,7 +33,6 @@ class Tiles:
     staging: pieces of an output tile that may be on their way to memory.
   """
 
-  rows: int = 128
   columns: int = 256
   depth: int = 64
   stages: int = 4
@@ -43,12 +41,10 @@ class Tiles:
   staging: int = 2
 
   def __post_init__(self):
-    if self.rows % 128 or self.columns % 128 or self.depth % 64:
-      raise ValueError(
-        f'{self}: rows and columns must be multiples of 128, depth of 64'
-      )
-    if self.stages < 2 or self.band < 1:
-      raise ValueError(f'{self}: needs 2 stages and a band of 1 at least')
+    if self.columns not in (128, 256) or self.depth not in (64, 128):
+      raise ValueError(f'{self}: columns must be 128 or 256, depth 64 or 128')
+    if self.stages < 2 or min(self.band, self.cluster, self.staging) < 1:
+      raise ValueError(f'{self}: needs 2 stages and 1 of the rest at least')
 
 
 def lookup(device_kind: str, operation: str, shape: tuple[int, int]) -> Tiles:
@@ -78,7 +74,8 @@ def _table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
 
 
 def autotune(
-  call: Callable[[Tiles], jax.Array],
+  call: Callable[..., jax.Array],
+  operands: Sequence[jax.Array],
   candidates: Iterable[Tiles],
   *,
   repeats: int = 10,
@@ -86,7 +83,8 @@ def autotune(
   """Times `call` with each candidate on the device at hand.
 
   Args:
-    call: runs the operation with these tiles.
+    call: (tiles, *operands) -> result of the operation cut up like that.
+    operands: what it computes with.
     candidates: what to try.
     repeats: timed calls a candidate, after two that compile and warm up.
 
@@ -100,11 +98,11 @@ def autotune(
   for tiles in candidates:
     run = jax.jit(functools.partial(call, tiles))
     for _ in range(2):
-      jax.block_until_ready(run())
+      jax.block_until_ready(run(*operands))
     samples = []
     for _ in range(repeats):
       start = time.perf_counter()
-      jax.block_until_ready(run())
+      jax.block_until_ready(run(*operands))
       samples.append(time.perf_counter() - start)
     seconds[tiles] = statistics.median(samples)
   if not seconds:

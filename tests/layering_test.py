@@ -30,7 +30,7 @@ MAY = {
   'm2.gateway': 'm2.data.template m2.data.tokenizer m2.types m2.obs m2.engine',
   'm2.forge': (
     'm2.engine m2.gateway m2.model m2.parallel m2.train m2.data m2.checkpoint '
-    'm2.obs m2.types m2.config'
+    'm2.eval m2.obs m2.types m2.config'  # agents and envs through m2.eval only
   ),
   'm2.agents': 'm2.types m2.config',
   'm2.envs': 'm2.types m2.config',

@@ -20,6 +20,13 @@ from configs import common
 from m2 import config as m2_config
 from tests.bench import configs
 
+FORMS = {
+  'pretrain': 'configs/m2.py:tiny',
+  'sft': 'configs/sft.py:tiny',
+  'rl': 'configs/rl.py:tiny',
+  'eval': 'configs/eval.py:tiny',
+  'convert': 'configs/convert.py',
+}
 MICRO = {
   'seed': 3,
   'steps': 2,
@@ -57,6 +64,8 @@ def config(form: str, **changes: Any) -> m2_config.RunConfig:
     node = tree.get(section) if section else tree
     if node is not None and leaf in node:
       node[leaf] = value
+  if 'convert' in tree and not tree.convert.source:
+    tree.convert.update(source='from', target='to')
   return m2_config.RunConfig.from_config(tree)
 
 
@@ -75,16 +84,16 @@ def play(root: pathlib.Path, mesh: dict[str, int]) -> dict[str, list[str]]:
     }
 
   runs = {
-    'pretrain': ('configs/m2.py:tiny', mesh),
-    'sft': ('configs/sft.py:tiny', mesh),
-    'rl': ('configs/rl.py:tiny', start('sft')),
-    'eval': ('configs/eval.py:tiny', start('rl')),
-    'convert': ('configs/convert.py', convert('rl', 'public', 'hf')),
-    'back': ('configs/convert.py', convert('public', 'again', 'workdir')),
+    'pretrain': mesh,
+    'sft': mesh,
+    'rl': start('sft'),
+    'eval': start('rl'),
+    'convert': convert('rl', 'public', 'hf'),
+    'back': convert('public', 'again', 'workdir'),
   }
   unread: dict[str, set[str]] = {}
-  for name, (form, changes) in runs.items():
-    frozen = config(form, **changes)
+  for name, changes in runs.items():
+    frozen = config(FORMS.get(name, FORMS['convert']), **changes)
     workdir = root / name
     workdir.mkdir()
     with contextlib.redirect_stdout(sys.stderr):

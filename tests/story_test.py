@@ -21,13 +21,26 @@ from m2 import config as m2_config
 from m2.checkpoint import store
 from m2.eval import run as eval_run
 from m2.obs import curves, dashboard
-from tests import play, stages_test
+from tests import play, settings_test, stages_test
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MISMATCH = 1e-4  # nats; float32 on CPU
 # Settings that a mode is given with the rest of their section, and why it has
-# no use for them. One that is read after all is an error, too.
-UNUSED: dict[str, dict[str, str]] = {}
+# no use for them. One that is read after all is an error, and so is one that
+# no other mode reads.
+UNUSED = {
+  'pretrain': {'data.examples': 'counts demonstrations; these rows are files'},
+  'sft': {'data.path': 'rows are demonstrations of tasks, not files'},
+  'rl': {'tasks.retry_demos': 'of demonstrations; the agent plays itself'},
+  'eval': {
+    'steps': 'nothing is trained',
+    'checkpoint.every': 'nothing is saved',
+    'checkpoint.keep': 'nothing is saved',
+    'checkpoint.on_corrupt': 'nothing is resumed',
+    'tasks.retry_demos': 'of demonstrations; the agent plays itself',
+  },
+  'convert': {'seed': 'nothing is drawn', 'steps': 'nothing is trained'},
+}
 
 
 class Story(parameterized.TestCase):
@@ -57,9 +70,18 @@ class Story(parameterized.TestCase):
     lines = (self.root / name / 'metrics.jsonl').read_text().splitlines()
     return [json.loads(line) for line in lines]
 
-  @parameterized.parameters('pretrain', 'sft', 'rl', 'eval', 'convert')
+  @parameterized.parameters(*play.FORMS)
   def test_every_setting_is_read(self, mode):
     self.assertEqual(self.unread[mode], sorted(UNUSED.get(mode, {})))
+
+  def test_no_setting_is_read_by_no_mode(self):
+    read = set()
+    for mode, form in play.FORMS.items():
+      tree = m2_config.to_config(play.config(form)).to_dict()
+      read |= set(settings_test.leaves(tree)) - set(self.unread[mode])
+    self.assertContainsSubset(
+      {leaf for unused in UNUSED.values() for leaf in unused}, read
+    )
 
   @parameterized.parameters('pretrain', 'sft', 'rl')
   def test_training_leaves_a_line_a_step_and_finite_losses(self, name):

@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILE_LINES = 420
+KERNEL_LINES = 600  # a kernel with its tiles and pipeline is read as one
 FUNCTION_LINES = 80
 FOLDERS = ('m2', 'pallas_kernels', 'configs', 'tests', 'launch')
 TEXT = ('.py', '.sh', '.md', '.txt', '.yml', '.yaml', '.toml', '.ini', '.js')
@@ -46,8 +47,12 @@ class StyleTest(parameterized.TestCase):
     self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
 
   def test_files_fit_the_ceiling(self):
-    sizes = {name(p): p.read_text().count('\n') for p in files('.py')}
-    over = {path: size for path, size in sizes.items() if size > FILE_LINES}
+    over = {}
+    for path in files('.py'):
+      kernel = path.is_relative_to(ROOT / 'pallas_kernels')
+      size = path.read_text().count('\n')
+      if size > (KERNEL_LINES if kernel else FILE_LINES):
+        over[name(path)] = size
     self.assertEmpty(over)
 
   def test_functions_fit_the_ceiling(self):

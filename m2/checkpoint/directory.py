@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
-from absl import logging as absl_logging
 
 from m2.checkpoint import fingerprint
 
@@ -33,6 +32,17 @@ _LISTED = 5  # mismatches that an error spells out
 
 class CheckpointError(Exception):
   """A checkpoint is missing, foreign, corrupt or could not be written."""
+
+
+class _NotOrbax(logging.Filter):
+  """Drops what Orbax logs: failures come back as exceptions, one line each."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    """False for a record whose caller is in Orbax."""
+    return '/orbax/' not in record.pathname
+
+
+logging.getLogger('absl').addFilter(_NotOrbax())
 
 
 class Json:
@@ -52,7 +62,7 @@ class Json:
 
   async def _write(self, directory: Any, body: str) -> None:
     folder = await directory.await_creation()
-    (folder / _process_file()).write_text(f'{_digest(body)}\n{body}\n')
+    (folder / _process_file()).write_text(f'{digest(body)}\n{body}\n')
 
   async def load(self, directory: Any) -> Awaitable[None]:
     """The returned awaitable reads the state and sets it."""
@@ -62,9 +72,9 @@ class Json:
     path = directory / _process_file()
     if not path.exists():
       raise CheckpointError(f'{path} is missing (another number of hosts?)')
-    digest, _, body = path.read_bytes().decode(errors='replace').partition('\n')
+    said, _, body = path.read_bytes().decode(errors='replace').partition('\n')
     body = body.removesuffix('\n')
-    if digest != _digest(body):
+    if said != digest(body):
       raise CheckpointError(f'{path} is corrupt: not what its checksum says')
     if isinstance(self.item, dict):
       self.item.update(json.loads(body))
@@ -76,7 +86,8 @@ def _process_file() -> str:
   return f'process_{jax.process_index()}-of-{jax.process_count()}.json'
 
 
-def _digest(body: str) -> str:
+def digest(body: str) -> str:
+  """Checksum of a JSON file's text."""
   return hashlib.sha256(body.encode()).hexdigest()
 
 
@@ -136,26 +147,36 @@ def load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
         )
       )
       traceback.clear_frames(error.__traceback__)
+      gc.collect()  # abandoned coroutines complain here, not later
   raise CheckpointError(reason)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
   """Keeps Orbax from burying our one error under its abandoned coroutines."""
-  hook, level = sys.unraisablehook, absl_logging.get_verbosity()
-  tasks = logging.getLogger('asyncio')
+  hook, tasks = sys.unraisablehook, logging.getLogger('asyncio')
   sys.unraisablehook = lambda _: None
-  absl_logging.set_verbosity(absl_logging.FATAL)
   tasks.disabled = True
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
       yield
-      gc.collect()
   finally:
     sys.unraisablehook = hook
-    absl_logging.set_verbosity(level)
     tasks.disabled = False
+
+
+def steps_in(folder: pathlib.Path) -> list[int]:
+  """Steps with a complete checkpoint in `folder`, oldest first.
+
+  What is being written has another name until it is complete.
+  """
+  entries = folder.iterdir() if folder.is_dir() else ()
+  return sorted(
+    int(entry.name)
+    for entry in entries
+    if entry.name.isdecimal() and entry.is_dir()
+  )
 
 
 def newest(path: str | pathlib.Path) -> pathlib.Path:
@@ -168,13 +189,8 @@ def newest(path: str | pathlib.Path) -> pathlib.Path:
   if (path / 'meta').is_dir():
     return path
   for parent in (path / 'checkpoints', path):
-    steps = [
-      entry
-      for entry in (parent.iterdir() if parent.is_dir() else ())
-      if entry.name.isdecimal() and entry.is_dir()
-    ]
-    if steps:
-      return max(steps, key=lambda entry: int(entry.name))
+    if steps := steps_in(parent):
+      return parent / str(steps[-1])
   raise CheckpointError(
     f'{path} holds no checkpoint: expected <step>/ or checkpoints/<step>/ '
     'directories, or the *.safetensors of a Hugging Face model'
@@ -247,7 +263,9 @@ def root(error: BaseException) -> BaseException:
 
 
 def summary(error: BaseException) -> str:
-  """The first line of the error that caused `error`, shortened."""
-  inner = root(error)
-  lines = str(inner).strip().splitlines() or ['']
-  return f'{type(inner).__name__}: {lines[0][:200]}'
+  """The first line of the error that caused `error`, its middle cut out.
+
+  TensorStore names the file first and says what is wrong with it last.
+  """
+  line = (str(root(error)).strip().splitlines() or [''])[0]
+  return line if len(line) <= 200 else f'{line[:60]} ... {line[-120:]}'

@@ -62,6 +62,7 @@ class Store:
         cleanup_tmp_directories=True,
       )
     self._pending: tuple[int, Any] | None = None
+    self._reported: tuple[type[Exception], ...] = ()
 
   def __enter__(self) -> 'Store':
     """Gives the store itself."""
@@ -72,8 +73,8 @@ class Store:
     self.close()
 
   def steps(self) -> list[int]:
-    """Steps with a complete checkpoint, oldest first."""
-    return [found.step for found in self._manager.checkpoints]
+    """Steps with a complete checkpoint on disk, oldest first."""
+    return layout.steps_in(self.directory)
 
   def save(
     self,
@@ -130,10 +131,13 @@ class Store:
     try:
       self.wait()
     finally:
-      self._manager.close()
+      # After a failed save, which was reported, it would raise that again.
+      with contextlib.suppress(*self._reported):
+        self._manager.close()
       self._lock.close()
 
   def _failed(self, step: int, error: Exception) -> CheckpointError:
+    self._reported = (Exception,)
     kept = [str(found) for found in self.steps() if found != step]
     return CheckpointError(
       f'checkpoint {step} could not be written to {self.directory}: '

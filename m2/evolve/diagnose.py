@@ -1,10 +1,9 @@
 """Names the weakest skill, with evidence that can be checked line by line.
 
-The rule is fixed and needs no model: rank the skills of the curriculum by how
-much success they could still gain for sure, that is by
-`share of the mixture's deployment weight x (1 - upper bound of the rate)`, with
-equal deployment weights. The upper Wilson bound makes a skill with few
-episodes wait for more evidence rather than win by chance.
+The rule is fixed and needs no model: the weakest skill is the one whose success
+rate has the lowest upper Wilson bound, which is where the most could be gained
+for sure if all skills matter alike. A skill with few episodes has a high bound:
+it waits for more evidence rather than win by chance.
 
 What introspection adds is stated as it is: its fields cover the whole mixture,
 so they cannot name a skill. They serve to name the rival explanation (a sick
@@ -13,6 +12,7 @@ training run) and to lower the confidence when one of them is out of range.
 
 import dataclasses
 import statistics
+import textwrap
 from collections.abc import Sequence
 
 from m2.evolve import observe
@@ -20,6 +20,7 @@ from m2.evolve import observe
 # How much of the way to the median skill a round is predicted to close. A
 # guess made before the trial; the ledger scores it against what came.
 _CLOSED = 0.5
+_QUOTED = 160  # characters of a verifier's line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _episodes(
     Evidence(
       source,
       f'{cluster.count} of {failed} failures are {cluster.label}; such as: '
-      f'{cluster.example}',
+      f'{textwrap.shorten(cluster.example, _QUOTED)}',
       cluster.ids,
     )
     for cluster in skill.failures[:3]

@@ -167,17 +167,21 @@ def _together(
 
 
 def _alone(protected: Mapping[str, tuple[Effect, str]]) -> tuple[bool, str]:
-  by_state = collections.defaultdict(list)
+  by_state = collections.defaultdict(dict)
   for name, (effect, state) in protected.items():
-    by_state[state].append(f'{name} {_words(effect)}')
-  if by_state['harmed']:
-    return False, f'harmed: {"; ".join(by_state["harmed"])}'
-  return True, (
+    by_state[state][name] = effect
+  if harmed := by_state['harmed']:
+    return False, 'harmed: ' + '; '.join(
+      f'{name} {_words(effect)}' for name, effect in harmed.items()
+    )
+  text = (
     f'of {len(protected)} other skills none is harmed, '
     f'{len(by_state["cleared"])} are cleared one by one'
-    + f', too few tasks to tell: {"; ".join(by_state["unresolved"])}'
-    * bool(by_state['unresolved'])
   )
+  if unresolved := by_state['unresolved']:
+    named = (f'{name} (n={effect.n})' for name, effect in unresolved.items())
+    text += f', too few tasks to tell: {", ".join(named)}'
+  return True, text
 
 
 def _masked(arms: Mapping[str, eval_run.EvalReport]) -> tuple[bool, str]:

@@ -129,10 +129,16 @@ def table(results: Mapping[str, Any]) -> str:
     f'* adopted. {trial.clock(results["wall_seconds"])} in all, of which '
     f'{trial.clock(results["seconds"])} in stages; {gib:.2f} GiB at most. '
     f'{results["environment"]["device"]}, commit '
-    f'{results["commit"][:12]}, config {results["config_hash"][:12]}, ledger '
+    f'{short(results["commit"])}, config {results["config_hash"][:12]}, ledger '
     f'{results["ledger"]["head"][:12]}',
   ]
   return '\n'.join(lines)
+
+
+def short(commit: str) -> str:
+  """The start of a commit's hash; changes on top of it stay visible."""
+  head, plus, changes = commit.partition('+')
+  return head[:12] + plus + changes
 
 
 def percent(value: float | None) -> str:

@@ -14,7 +14,7 @@ from m2.train import state as train_state
 
 # What a run is: changed between start and resume, its steps would no longer
 # be those of one run. Everything else may change, and is printed if it does.
-FIXED = ('mode', 'seed', 'model', 'data', 'tasks')
+FIXED = ('mode', 'seed', 'model', 'data', 'tasks', 'prompt')
 FIXED_LEAVES = ('optim.name', 'optim.train_only')
 FREE = ('data.prefetch', 'model.remat')
 

@@ -22,7 +22,7 @@ class Backend(NamedTuple):
     product: (x_PK, w_GKN, sizes_G, *, align, transpose, out_dtype) -> y_PN.
       With `transpose` the matrices are w_GNK. Rows of no group give zeros.
     weight_gradient: (x_PK, dy_PN, sizes_G, *, align, out_dtype) -> dw_GKN.
-      Groups of no rows give zeros; rows of no group do not matter.
+      Groups of no rows give zeros; rows of no group do not count.
   """
 
   alignment: Callable[[int, int, int], int]

@@ -37,16 +37,14 @@ def product(
   out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
   """Each row times its group's matrix; see `vjp.Backend`."""
-  rows, width = x_PK.shape
-  group_B, inside_BR = _blocks(sizes_G, rows, align)
+  group_B, x_BRK = _blocks(x_PK, sizes_G, align)
   y_BRN = jnp.einsum(
     'brk,bnk->brn' if transpose else 'brk,bkn->brn',
-    x_PK.reshape(-1, align, width),
+    x_BRK,
     w_GKN[group_B],
     preferred_element_type=jnp.float32,
   )
-  y_BRN = jnp.where(inside_BR[..., None], y_BRN, 0).astype(out_dtype)
-  return y_BRN.reshape(rows, -1)
+  return y_BRN.astype(out_dtype).reshape(x_PK.shape[0], -1)
 
 
 def weight_gradient(
@@ -58,12 +56,8 @@ def weight_gradient(
   out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
   """Sum over each group's rows of x^T dy; see `vjp.Backend`."""
-  rows = x_PK.shape[0]
-  group_B, inside_BR = _blocks(sizes_G, rows, align)
-  x_BRK, dy_BRN = (
-    jnp.where(inside_BR[..., None], z.reshape(-1, align, z.shape[1]), 0)
-    for z in (x_PK, dy_PN)
-  )
+  group_B, x_BRK = _blocks(x_PK, sizes_G, align)
+  _, dy_BRN = _blocks(dy_PN, sizes_G, align)
   dw_BKN = jnp.einsum(
     'brk,brn->bkn', x_BRK, dy_BRN, preferred_element_type=jnp.float32
   )
@@ -73,13 +67,19 @@ def weight_gradient(
   return dw_GKN.astype(out_dtype)
 
 
-def _blocks(sizes_G, rows, align):
-  """The group of each block, and which of its rows that group owns."""
+def _blocks(
+  x_PK: jax.Array, sizes_G: jax.Array, align: int
+) -> tuple[jax.Array, jax.Array]:
+  """The group of each block of rows; the blocks, rows of no group zeroed."""
   start_G = layout.starts(sizes_G, align)
-  first_B = jnp.arange(rows // align) * align
-  group_B = jnp.searchsorted(start_G, first_B, side='right') - 1
+  first_B = jnp.arange(x_PK.shape[0] // align) * align
+  # Unlike a binary search, which is a loop, XLA computes this once for the
+  # product and both its gradients; so with the zeroed rows.
+  group_B = (start_G[None] <= first_B[:, None]).sum(1) - 1
   left_B = sizes_G[group_B] - (first_B - start_G[group_B])
-  return group_B, jnp.arange(align)[None] < left_B[:, None]
+  inside_BR = jnp.arange(align)[None] < left_B[:, None]
+  x_BRK = x_PK.reshape(-1, align, x_PK.shape[1])
+  return group_B, jnp.where(inside_BR[..., None], x_BRK, 0)
 
 
 BACKEND = vjp.Backend(alignment, product, weight_gradient)

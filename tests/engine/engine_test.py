@@ -98,7 +98,7 @@ class EngineTest(parameterized.TestCase):
     for index, prompt in enumerate(rows):
       engine, _ = make() if index == 0 else (engine, None)
       alone += engine.run([request(prompt, seed=index)])
-    other, _ = make(slots=8, chunk=3)
+    other, _ = make()
     crowd = [request(p, seed=99, max_new=40) for p in prompts(9, seed=4)]
     mixed = other.run(crowd + [request(p, seed=i) for i, p in enumerate(rows)])[
       len(crowd) :
@@ -108,20 +108,20 @@ class EngineTest(parameterized.TestCase):
       np.testing.assert_allclose(a.logprobs, b.logprobs, atol=SAME)
 
   def test_stop_ids_lengths_and_full_contexts(self):
-    engine, _ = make(length=64)
+    engine, _ = make()
     (prompt,) = prompts(1, low=20, high=21)
     (greedy,) = engine.run([request(prompt, temperature=0.0)])
     self.assertEqual(greedy.stop, types.StopReason.LENGTH)
     stop = int(greedy.ids[4])
     first = list(greedy.ids).index(stop)
-    long = prompts(1, low=60, high=61)[0]
+    long = prompts(1, low=124, high=125)[0]
     stopped, one, cut, full, over = engine.run(
       [
         request(prompt, temperature=0.0, stop_ids=(95, stop)),
         request(prompt, temperature=0.0, max_new=1),
         request(long, max_new=50),
-        request(prompts(1, low=64, high=65)[0]),
-        request(prompts(1, low=90, high=91)[0]),
+        request(prompts(1, low=128, high=129)[0]),
+        request(prompts(1, low=140, high=141)[0]),
       ]
     )
     self.assertEqual(stopped.stop, types.StopReason.EOS)
@@ -148,11 +148,11 @@ class EngineTest(parameterized.TestCase):
       np.testing.assert_allclose(result.logprobs, want, atol=LOGPROB)
 
   def test_nothing_is_compiled_after_warm_up(self):
-    engine, _ = make(length=192)
+    engine, _ = make()
     count = engine.warm_up()
     self.assertGreater(count, 2)
     for seed in range(4):
-      rows = prompts(3 + 9 * seed, seed=seed, high=150)
+      rows = prompts(3 + 9 * seed, seed=seed, high=120)
       engine.run(
         request(p, seed=i, max_new=1 + i, top_k=i % 3)
         for i, p in enumerate(rows)
@@ -213,9 +213,9 @@ class EngineTest(parameterized.TestCase):
       )
 
   def test_cancelling_frees_the_slot(self):
-    engine, _ = make(slots=2)
-    kept, half, gone, queued = (
-      engine.submit(request(p, max_new=60, seed=9)) for p in prompts(4, high=60)
+    engine, _ = make()
+    kept, half, gone, *_, queued = (
+      engine.submit(request(p, max_new=60, seed=9)) for p in prompts(9, high=60)
     )
     engine.step()
     engine.cancel(half)
@@ -266,7 +266,7 @@ class EngineTest(parameterized.TestCase):
       self.assertIsInstance(future.exception(timeout=1), OSError)
 
   def test_coroutines_share_batches(self):
-    engine, _ = make(slots=8, chunk=4)
+    engine, _ = make()
 
     async def agent(index):
       ids = prompts(1, seed=index)[0]
@@ -305,10 +305,10 @@ class EngineTest(parameterized.TestCase):
 
   def test_mesh_of_eight_devices(self):
     mesh = mesh_lib.make_mesh(config.MeshConfig(data=2, fsdp=2, expert=2))
-    rows = prompts(12, low=20)
-    wanted = [request(p, seed=i, experts=not i % 3) for i, p in enumerate(rows)]
-    plain, _ = make(slots=16)
-    spread, _ = make(slots=16, mesh=mesh)
+    rows = prompts(12, low=66, high=80)  # longer than one prefill chunk
+    wanted = [request(p, seed=i) for i, p in enumerate(rows)]
+    plain, _ = make()
+    spread, _ = make(mesh=mesh)
     turns = []
     for engine in (plain, spread):
       first = engine.run(wanted)

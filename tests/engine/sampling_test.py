@@ -93,7 +93,7 @@ class SamplingTest(parameterized.TestCase):
     ones = jnp.ones(rows)
 
     def draw(top_k_B):
-      token_B, _ = sampling.sample(
+      token_B, _ = jax.jit(sampling.sample)(
         logits_BV, seed_B2, jnp.zeros(rows, jnp.int32), ones, ones, top_k_B
       )
       return np.asarray(token_B)

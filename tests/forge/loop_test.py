@@ -5,6 +5,7 @@ import pathlib
 from unittest import mock
 
 import jax
+import pytest
 from absl.testing import absltest, parameterized
 
 from m2 import config, types
@@ -27,7 +28,7 @@ MODEL = config.ModelConfig(
   kv_heads=2,
   head_dim=8,
   rotary_dim=4,
-  max_positions=128,
+  max_positions=64,
   experts=4,
   d_expert=16,
   top_k=2,
@@ -39,11 +40,12 @@ MODEL = config.ModelConfig(
 
 def settings(start: str, **changes) -> config.RunConfig:
   """A run of a few seconds; `forge`, `checkpoint` fields and others change."""
-  forge = {'groups': 4, 'group_size': 8, 'in_flight': 4, 'row_tokens': 128}
+  forge = {'groups': 4, 'group_size': 8, 'in_flight': 4, 'row_tokens': 64}
   forge |= changes.pop('forge', {})
   checkpoint = {'init_from': start} | changes.pop('checkpoint', {})
   agent = {'max_turns': 2, 'max_new': 4} | changes.pop('agent', {})
   lr = changes.pop('lr', 1e-2)
+  introspect = changes.pop('introspect', 0)
   return config.RunConfig(
     mode='rl',
     model=MODEL,
@@ -56,12 +58,12 @@ def settings(start: str, **changes) -> config.RunConfig:
       **changes.pop('optim', {}),
     ),
     checkpoint=config.CheckpointConfig(**checkpoint),
-    log=config.LogConfig(every=100, introspect=5, tensorboard=False),
+    log=config.LogConfig(every=100, introspect=introspect, tensorboard=False),
     tasks=config.TasksConfig(),
     agent=config.AgentConfig(**agent),
-    engine=config.EngineConfig(slots=32, length=128, chunk=4),
+    engine=config.EngineConfig(slots=8, length=64, chunk=4),
     forge=config.ForgeConfig(**forge),
-    **{'steps': 12, 'seed': 1} | changes,
+    **{'steps': 16, 'seed': 1} | changes,
   )
 
 
@@ -83,7 +85,10 @@ class Agent:
     self.played.append(episode)
     if self._fail_after is not None and len(self.played) > self._fail_after:
       raise RuntimeError('the machine went down')
-    steps, messages = [], [types.Message('user', task.prompt)]
+    steps, messages = (
+      [],
+      [types.Message('system', 'now'), types.Message('user', task.prompt)],
+    )
     for turn in range(2):
       message, _ = await self._llm.chat(
         episode, messages, None, types.Sampling(max_new=4, seed=seed + turn)
@@ -110,10 +115,14 @@ class LoopTest(parameterized.TestCase):
     self.enter_context(
       mock.patch.object(meshes, 'make_mesh', return_value=mesh)
     )
+    self.save_start(lambda leaf: leaf)
+
+  def save_start(self, change):
+    """Writes the checkpoint that runs start from."""
+    mesh = meshes.make_mesh(None)
+    params = model_params.init(MODEL, jax.random.key(0), mesh)
     state = train_state.start(
-      model_params.init(MODEL, jax.random.key(0), mesh),
-      mesh,
-      optim.make(config.OptimConfig(), 1),
+      jax.tree.map(change, params), mesh, optim.make(config.OptimConfig(), 1)
     )
     with store.Store(self.start / 'checkpoints') as checkpoints:
       checkpoints.save(state, None, step=0, extra={})
@@ -141,12 +150,12 @@ class LoopTest(parameterized.TestCase):
     return state, [json.loads(line) for line in lines]
 
   def test_reward_rises_on_policy(self):
-    state, rows = self.run_loop(settings(str(self.start)))
-    self.assertEqual(int(state.step), 12)
-    self.assertLen(rows, 12)
+    state, rows = self.run_loop(settings(str(self.start), introspect=1))
+    self.assertEqual(int(state.step), 16)
+    self.assertLen(rows, 16)
     first = sum(row['reward/mean'] for row in rows[:3]) / 3
     last = sum(row['reward/mean'] for row in rows[-3:]) / 3
-    self.assertGreater(last, first + 0.3)
+    self.assertGreater(last, first + 0.2)
     for row in rows:
       self.assertLess(row['mismatch/max'], MISMATCH)
       self.assertEqual(row['mismatch/fresh'], 1)
@@ -156,72 +165,58 @@ class LoopTest(parameterized.TestCase):
       self.assertGreater(row['tree/token_ratio'], 1.5)
     records = (self.root / 'rl' / 'introspection.jsonl').read_text()
     self.assertEqual(
-      [json.loads(line)['step'] for line in records.splitlines()], [5, 10, 12]
+      [json.loads(line)['step'] for line in records.splitlines()],
+      list(range(1, 17)),
     )
     # The next stage finds tokenizer and weights here.
     again = loop.run(settings(str(self.start)), self.root / 'rl', None)
-    self.assertEqual(int(again.step), 12)
+    self.assertEqual(int(again.step), 16)
     self.assertTrue((self.root / 'rl' / 'tokenizer.json').exists())
 
-  def test_many_in_flight_stay_within_the_bound(self):
-    groups, flight, share = 2, 8, 0.5
+  def test_asynchronous_failing_killed_and_resumed(self):
+    groups, flight = 2, 8
     cfg = settings(
       str(self.start),
-      steps=10,
+      steps=8,
       lr=1e-3,
-      forge={'groups': groups, 'in_flight': flight, 'window': share},
-    )
-    _, rows = self.run_loop(cfg)
-    # Window of 4: at most N + W - 2 groups between submission and use.
-    bound = (flight + 4 - 2) // groups
-    self.assertLessEqual(max(row['stale/max'] for row in rows), bound)
-    self.assertGreater(max(row['stale/max'] for row in rows), 0)
-    trained = sorted(_index(id) for ids in self.taken for id in ids)
-    self.assertLen(set(trained), 20)
-    for row in rows:  # what is fresh agrees with the trainer here, too
-      self.assertLess(row['mismatch/max'], MISMATCH)
-
-  def test_a_killed_run_trains_on_every_prompt_once(self):
-    cfg = settings(
-      str(self.start),
-      steps=6,
-      forge={'groups': 2, 'in_flight': 4, 'window': 1.0, 'group_size': 4},
+      forge={
+        'groups': groups, 'in_flight': flight, 'window': 0.5, 'group_size': 4,
+      },
       checkpoint={'every': 2},
-    )
+    )  # fmt: skip
+    lost = ('t0', 't5')  # whose workspaces break
     with self.assertRaisesRegex(RuntimeError, 'went down'):
-      self.run_loop(cfg, fail_after=41)
+      self.run_loop(cfg, fail_after=61, infra=lost)
     with store.Store(self.root / 'rl' / 'checkpoints') as checkpoints:
       saved = checkpoints.steps()[-1]
     self.assertIn(saved, (2, 4))
     before = [_index(id) for ids in self.taken[:saved] for id in ids]
     played = set(self.agents[0].played)
-    _, rows = self.run_loop(cfg)
-    after = [_index(id) for ids in self.taken for id in ids]
-    trained = before + after
-    self.assertLen(trained, 12)
-    self.assertLen(set(trained), 12)
-    # Nothing was passed over: what is missing was still in flight at the end.
-    missing = set(range(max(trained))) - set(trained)
+    _, rows = self.run_loop(cfg, infra=lost)
+    trained = before + [_index(id) for ids in self.taken for id in ids]
+    # Every prompt once: none twice, and none passed over but the failed ones
+    # and those that were still in flight at the end.
+    self.assertLen(trained, 16)
+    self.assertLen(set(trained), 16)
+    self.assertEmpty({0, 5} & set(trained))
+    missing = set(range(max(trained))) - set(trained) - {0, 5}
     self.assertLessEqual(len(missing), 3)
-    self.assertEqual([row['step'] for row in rows], [1, 2, 3, 4, 5, 6])
-    # Replayed groups record under new names; nothing was written twice.
+    # Groups played again record under new names; nothing was written twice.
     self.assertEmpty(played & set(self.agents[0].played))
+    self.assertEqual([row['step'] for row in rows], list(range(1, 9)))
+    # Window of 4: at most N + W - 2 groups between submission and use.
+    ages = [row['stale/max'] for row in rows]
+    self.assertLessEqual(max(ages), (flight + 4 - 2) // groups)
+    self.assertGreater(max(ages), 0)
+    for row in rows:  # what is fresh agrees with the trainer here, too
+      self.assertLess(row['mismatch/max'], MISMATCH)
+    self.assertGreaterEqual(sum(row['env/dropped'] for row in rows), 1)
 
-  def test_groups_without_scores_are_dropped(self):
-    cfg = settings(
-      str(self.start),
-      steps=2,
-      forge={'groups': 2, 'in_flight': 2, 'group_size': 4},
-    )
-    _, rows = self.run_loop(cfg, infra=('t0', 't2'))
-    trained = {_index(id) for ids in self.taken for id in ids}
-    self.assertEqual(trained & {0, 2}, set())
-    self.assertLen(trained, 4)
-    self.assertEqual(sum(row['env/dropped'] for row in rows), 2)
-    self.assertEqual(sum(row['env/infra'] for row in rows), 8)
-
-  @parameterized.parameters(({'merge': False}, None), ({'replay': True}, None))
-  def test_unmerged_and_replayed_runs(self, forge, _):
+  @parameterized.named_parameters(
+    ('unmerged', {'merge': False}), ('replayed', {'replay': True})
+  )
+  @pytest.mark.heavy
+  def test_a_run_that_is(self, forge):
     sizes = {'groups': 2, 'in_flight': 2, 'group_size': 4}
     cfg = settings(str(self.start), steps=2, forge=sizes | forge)
     _, rows = self.run_loop(cfg)
@@ -230,16 +225,16 @@ class LoopTest(parameterized.TestCase):
     if not cfg.forge.merge:
       self.assertEqual(rows[0]['tree/token_ratio'], 1)
 
-  def test_bad_weights_stop_the_run(self):
-    cfg = settings(str(self.start), steps=3, lr=1e30)
-    with self.assertRaisesRegex(ValueError, 'version 1 have diverged'):
-      self.run_loop(cfg)
+  def test_weights_that_have_diverged_stop_the_run(self):
+    self.save_start(lambda leaf: leaf * float('nan'))
+    with self.assertRaisesRegex(ValueError, 'version 0 have diverged'):
+      self.run_loop(settings(str(self.start), steps=3))
 
   @parameterized.parameters(
     ({'agent': {'temperature': 0.7}}, 'agent.temperature=0.7'),
     ({'agent': {'top_k': 40}}, 'agent.top_k=40'),
     ({'optim': {'accumulate': 2}}, 'optim.accumulate=2'),
-    ({'forge': {'row_tokens': 64}}, 'forge.row_tokens=64 is below'),
+    ({'forge': {'row_tokens': 63}}, 'forge.row_tokens=63 is below'),
     ({'checkpoint': {'init_from': ''}}, 'checkpoint.init_from is empty'),
   )
   def test_settings_that_cannot_work(self, changes, message):

@@ -25,6 +25,8 @@ GRADIENT = 1e-5
 LOSS = 1e-5
 # A detached trunk changes the gradient by tens of percent.
 MUTANT = 1e-2
+# One shape for all batches, so that little is compiled.
+TOKENS, LINES, SAMPLES = 48, 16, 512
 
 
 def relative(one, two):
@@ -53,9 +55,11 @@ class StepTest(parameterized.TestCase):
       )
     )
 
-  def compare(self, rows, tokens=96):
-    merged = tree.merge_prefixes(rows, tokens=tokens, samples=512, lines=8)
-    flat = tree.separate(rows, tokens=tokens, samples=512, lines=16)
+  def compare(self, rows):
+    merged, flat = (
+      pack(rows, tokens=TOKENS, samples=SAMPLES, lines=LINES)
+      for pack in (tree.merge_prefixes, tree.separate)
+    )
     (one, metrics), got = self.grad(self.params, merged)
     (two, twin), want = self.grad(self.params, flat)
     self.assertAlmostEqual(float(one), float(two), delta=LOSS)
@@ -73,12 +77,10 @@ class StepTest(parameterized.TestCase):
   def test_figure_6_equals_separate_rows(self):
     self.compare(forest.figure_6())
 
-  @parameterized.parameters(range(4))
+  @parameterized.parameters(range(6))
   def test_merged_equals_separate(self, seed):
+    """Trees here are longer than a line, so cuts are compared as well."""
     self.compare(forest.rollouts(seed))
-
-  def test_cut_trees_equal_separate_rows(self):
-    self.compare(forest.rollouts(5, groups=2), tokens=48)
 
   @parameterized.parameters(range(2))
   def test_replayed_routes_equal_separate_rows(self, seed):
@@ -91,8 +93,10 @@ class StepTest(parameterized.TestCase):
 
   def test_a_detached_trunk_is_caught(self):
     rows = forest.rollouts(0)
-    merged = tree.merge_prefixes(rows, tokens=96, lines=4)
-    flat = tree.separate(rows, tokens=96)
+    merged, flat = (
+      pack(rows, tokens=TOKENS, samples=SAMPLES, lines=LINES)
+      for pack in (tree.merge_prefixes, tree.separate)
+    )
     shared_BT11 = merged.count_BT[..., None, None] > 1
     project = attention.project
 
@@ -107,7 +111,7 @@ class StepTest(parameterized.TestCase):
 
     loss = functools.partial(step_lib.rl_loss, model=forest.MODEL, cfg=self.cfg)
     with mock.patch.object(attention, 'project', detached):
-      (one, _), mutant = jax.value_and_grad(loss, has_aux=True)(
+      (one, _), mutant = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         self.params, merged
       )
     (two, _), want = self.grad(self.params, flat)
@@ -115,8 +119,10 @@ class StepTest(parameterized.TestCase):
     self.assertAlmostEqual(float(one), float(two), delta=LOSS)
     self.assertGreater(relative(mutant, want), MUTANT)
 
-  def gradients(self, rows, cfg, **kwargs):
-    batch = tree.merge_prefixes(rows, tokens=48, **kwargs)
+  def gradients(self, rows, cfg):
+    batch = tree.merge_prefixes(
+      rows, tokens=TOKENS, lines=LINES, samples=SAMPLES
+    )
     return jax.jit(
       functools.partial(step_lib.gradients, model=forest.MODEL, cfg=cfg)
     )(self.params, batch), batch
@@ -127,9 +133,7 @@ class StepTest(parameterized.TestCase):
     if replay:
       rows = forest.with_routes(rows)
     cfg = forest.run_config(lines=2)
-    (grads, logp_BT, _, load_LE), batch = self.gradients(
-      rows, cfg, lines=12, samples=400
-    )
+    (grads, logp_BT, _, load_LE), batch = self.gradients(rows, cfg)
     (_, metrics), want = self.grad(self.params, batch)
     self.assertLessEqual(relative(grads, want), GRADIENT)
     np.testing.assert_allclose(load_LE, metrics['load'], rtol=1e-6)
@@ -138,20 +142,24 @@ class StepTest(parameterized.TestCase):
     self.assertLess(used, 10)
     self.assertFalse(np.asarray(logp_BT[used + used % 2 :]).any())
 
+  def step(self):
+    """A state and the compiled update."""
+    optimizer = optim.make(self.cfg.optim, self.cfg.steps)
+    run = functools.partial(
+      step_lib.rl_step, model=forest.MODEL, optimizer=optimizer, cfg=self.cfg
+    )
+    return train_state.wrap(self.params, optimizer), jax.jit(run)
+
   def test_one_update(self):
     rows = [
       dataclasses.replace(row, version=4 + (at % 2))
       for at, row in enumerate(forest.rollouts(1))
     ]
-    cfg = forest.run_config(lines=2)
-    optimizer = optim.make(cfg.optim, cfg.steps)
-    state = train_state.wrap(self.params, optimizer).replace(step=jnp.int32(5))
-    run = jax.jit(
-      functools.partial(
-        step_lib.rl_step, model=forest.MODEL, optimizer=optimizer, cfg=cfg
-      )
+    state, run = self.step()
+    state = state.replace(step=jnp.int32(5))
+    batch = tree.merge_prefixes(
+      rows, tokens=TOKENS, lines=LINES, samples=SAMPLES
     )
-    batch = tree.merge_prefixes(rows, tokens=48, lines=12, samples=400)
     after, metrics = run(state, batch)
     self.assertEqual(int(after.step), 6)
     (loss, own), _ = self.grad(self.params, batch)
@@ -185,25 +193,20 @@ class StepTest(parameterized.TestCase):
     return float((weight_Z * logp_BT.reshape(-1)[batch.edge_Z]).sum())
 
   def test_bad_numbers_change_nothing(self):
-    cfg = forest.run_config(lines=2)
-    optimizer = optim.make(cfg.optim, cfg.steps)
-    params = self.params | {'head': self.params['head'] * jnp.nan}
-    state = train_state.wrap(params, optimizer)
-    batch = tree.merge_prefixes(forest.figure_6(), tokens=48, lines=2)
-    after, metrics = jax.jit(
-      functools.partial(
-        step_lib.rl_step, model=forest.MODEL, optimizer=optimizer, cfg=cfg
-      )
-    )(state, batch)
+    state, run = self.step()
+    head = self.params['head'] * jnp.nan
+    state = state.replace(params=state.params | {'head': head})
+    batch = tree.merge_prefixes(
+      forest.figure_6(), tokens=TOKENS, lines=LINES, samples=SAMPLES
+    )
+    after, metrics = run(state, batch)
     self.assertEqual(float(metrics['bad']), 1)
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
   def test_mesh_of_eight_devices(self):
     rows = forest.rollouts(2)
     cfg = forest.run_config(lines=8)
-    (want, logp_BT, _, load_LE), batch = self.gradients(
-      rows, cfg, lines=16, samples=400
-    )
+    (want, logp_BT, _, load_LE), batch = self.gradients(rows, cfg)
     mesh = mesh_lib.make_mesh(config.MeshConfig(data=2, fsdp=2, expert=2))
     params = jax.device_put(
       self.params,

@@ -6,7 +6,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels.gmm import ref, xla
+from pallas_kernels.gmm import api, ref, xla
 
 FP32_TOLERANCE = 1e-5  # relative to the largest value
 BF16_TOLERANCE = 1e-2
@@ -95,6 +95,20 @@ class GroupedMatmulTest(parameterized.TestCase):
       pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, impl='mosaic_tpu')
     with self.assertRaisesRegex(NotImplementedError, 'deprecated'):
       pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, impl='triton')
+
+  def test_weight_gradient_in_float32(self):
+    x_MK, w_GKN, sizes_G, dy_MN = case(3, [4, 0, 6], 1, 13, dtype=jnp.bfloat16)
+    dw_GKN = api.weight_gradient(x_MK, dy_MN, sizes_G, out_dtype=jnp.float32)
+    x_MK, w_GKN, dy_MN = (z.astype(jnp.float32) for z in (x_MK, w_GKN, dy_MN))
+    _, pull = jax.vjp(
+      lambda w: ref.grouped_matmul(
+        x_MK, w, sizes_G, align=1, out_dtype=jnp.float32
+      ),
+      w_GKN,
+    )
+    assert_close(self, dw_GKN, pull(dy_MN)[0], FP32_TOLERANCE)
+    with self.assertRaisesRegex(ValueError, 'do not contract'):
+      api.weight_gradient(x_MK, dy_MN[:5], sizes_G)
 
   def test_block_grows_with_group(self):
     self.assertEqual(xla.block_rows(8, 16), 8)

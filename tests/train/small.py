@@ -14,6 +14,8 @@ from m2.train import optim, step
 from m2.train import state as train_state
 
 ROWS, LENGTH = 8, 16
+# Half the time to compile; what is tested does not depend on it.
+QUICK = {'xla_backend_optimization_level': 0}
 
 MODEL = config.ModelConfig(
   vocab=320,
@@ -89,7 +91,8 @@ def compiled(cfg: config.RunConfig, mesh: config.MeshConfig, inspect: bool):
     cfg=cfg,
     inspect=inspect,
   )
-  return meshes.make_mesh(mesh, devices), optimizer, jax.jit(update)
+  made = meshes.make_mesh(mesh, devices)
+  return made, optimizer, jax.jit(update, compiler_options=QUICK)
 
 
 def steps(

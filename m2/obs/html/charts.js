@@ -46,6 +46,17 @@ function ticks(low, high, count) {
   return found;
 }
 
+// A tick with as many decimals as tell it from the next one.
+function label(value, marks, unit) {
+  if (unit === '%') return `${Math.round(100 * value)}%`;
+  const step = Math.abs(marks[1] - marks[0]) || Math.abs(value);
+  if (step < 1e-4 || Math.abs(value) >= 1e6) return format(value);
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  return value.toLocaleString('en', {
+    minimumFractionDigits: digits, maximumFractionDigits: digits,
+  });
+}
+
 function decades(low, high) {
   const first = Math.floor(Math.log10(low));
   const last = Math.ceil(Math.log10(high));
@@ -69,11 +80,17 @@ function scale(low, high, from, to, count, log = false) {
 
 function domain(chart, values) {
   if (chart.domain) return chart.domain;
-  let low = Math.min(...values);
-  let high = Math.max(...values);
+  const low = Math.min(...values);
+  const high = Math.max(...values);
   if (chart.log) return [low / 1.3, high * 1.3];
-  const pad = (high - low || Math.abs(high) || 1) * 0.06;
-  return [low >= 0 && low - pad < 0 ? 0 : low - pad, high + pad];
+  // At least a thousandth of the value, or rounding would fill the chart.
+  const span = Math.max(high - low, 1e-3 * Math.abs(high)) || 1;
+  const floor = low >= 0 ? 0 : -Infinity;
+  const pad = 0.06 * span;
+  return [
+    Math.max(Math.min(low, high - span) - pad, floor),
+    Math.max(high, low + span) + pad,
+  ];
 }
 
 function canvas(figure, height, label) {
@@ -125,7 +142,7 @@ function axes(node, x, y, box, chart) {
     }));
     node.append(svg('text', {
       class: 'tick', x: box.left - 8, y: at + 4, 'text-anchor': 'end',
-    }, chart.unit === '%' ? `${Math.round(100 * value)}%` : format(value)));
+    }, chart.log ? format(value) : label(value, y.ticks, chart.unit)));
   }
   for (const value of x.ticks) {
     node.append(svg('text', {
@@ -149,6 +166,7 @@ function lines(figure, chart) {
   const [low, high] = domain(chart, points.map((p) => p[1]));
   const xs = [...new Set(points.map((p) => p[0]))].sort((a, b) => a - b);
   const x = scale(xs[0], xs.at(-1), box.left, box.right, Math.min(6, width / 90));
+  x.ticks = x.ticks.filter(Number.isInteger);
   const y = scale(low, high, box.bottom, box.top, 5, chart.log);
   axes(node, x, y, box, chart);
   chart.series.forEach((series, i) => {

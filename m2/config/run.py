@@ -1,0 +1,219 @@
+"""One run: which sections its mode has, and how a ConfigDict becomes one."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from m2.config.acting import (
+  AgentConfig,
+  ConvertConfig,
+  EngineConfig,
+  EvalConfig,
+  EvolveConfig,
+  ForgeConfig,
+  PromptConfig,
+  StagesConfig,
+  TasksConfig,
+)
+from m2.config.base import Settings, section
+from m2.config.training import (
+  CheckpointConfig,
+  DataConfig,
+  LogConfig,
+  LossConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimConfig,
+)
+
+# Which sections each mode reads; a config has exactly these, plus the fields
+# of RunConfig that are not sections.
+_TRAIN = ('model', 'mesh', 'optim', 'loss', 'data', 'checkpoint', 'log')
+_AGENT = ('tasks', 'prompt', 'agent', 'engine')
+MODES: dict[str, tuple[str, ...]] = {
+  'pretrain': _TRAIN,
+  'sft': (*_TRAIN, 'tasks', 'prompt'),
+  'rl': ('model', 'mesh', 'optim', 'checkpoint', 'log', *_AGENT, 'forge'),
+  'eval': ('model', 'mesh', 'checkpoint', *_AGENT, 'eval'),
+  'evolve': (*_TRAIN, *_AGENT, 'evolve'),
+  'convert': ('convert',),
+  'quickstart': (*_TRAIN, *_AGENT, 'forge', 'evolve', 'stages'),
+}
+
+
+@section
+class RunConfig(Settings):
+  """Everything one run of `main.py` needs. Sections a mode lacks are None."""
+
+  mode: str = 'pretrain'
+  seed: int = 0
+  steps: int = 1000
+  model: ModelConfig | None = None
+  mesh: MeshConfig | None = None
+  optim: OptimConfig | None = None
+  loss: LossConfig | None = None
+  data: DataConfig | None = None
+  checkpoint: CheckpointConfig | None = None
+  log: LogConfig | None = None
+  tasks: TasksConfig | None = None
+  prompt: PromptConfig | None = None
+  agent: AgentConfig | None = None
+  engine: EngineConfig | None = None
+  forge: ForgeConfig | None = None
+  eval: EvalConfig | None = None
+  evolve: EvolveConfig | None = None
+  convert: ConvertConfig | None = None
+  stages: StagesConfig | None = None
+
+  @classmethod
+  def from_config(cls, config: ml_collections.ConfigDict) -> 'RunConfig':
+    """Freezes a ConfigDict.
+
+    Args:
+      config: what a file in `configs/` returns, with overrides applied.
+
+    Returns:
+      The frozen settings.
+
+    Raises:
+      ValueError: unknown or missing keys, wrong types, or values that cannot
+        work together; the message lists all of them with their full paths.
+    """
+    tree = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
+    errors: list[str] = []
+    mode = tree.get('mode')
+    if mode not in MODES:
+      raise ValueError(f'mode={mode!r}: choose one of {", ".join(MODES)}')
+    sections = {'mode', 'seed', 'steps', *MODES[mode]}
+    for name in sorted(sections - set(tree)):
+      errors.append(f'{name}: missing; mode {mode!r} needs it')
+    for name in sorted(set(tree) - sections):
+      errors.append(f'{name}: unknown key for mode {mode!r}')
+    kwargs = {}
+    hints = typing.get_type_hints(cls)
+    for name in sections & set(tree):
+      kwargs[name] = _freeze(hints[name], tree[name], name, errors)
+    if not errors:
+      run = cls(**kwargs)
+      run._check(errors)
+    if errors:
+      raise ValueError('config: ' + '; '.join(errors))
+    Settings.READS.clear()  # checking is not using
+    return run
+
+  def _check(self, errors: list[str]) -> None:
+    for field in dataclasses.fields(self):
+      value = object.__getattribute__(self, field.name)
+      if isinstance(value, Settings):
+        try:
+          value._check()
+        except ValueError as error:
+          errors.append(str(error))
+    if self.steps <= 0:
+      errors.append(f'steps={self.steps} must be positive')
+    if self.seed < 0:
+      errors.append(f'seed={self.seed} must not be negative')
+    if errors:
+      return
+    if self.data and self.optim and self.data.batch % self.optim.accumulate:
+      errors.append(
+        f'data.batch={self.data.batch} is not a multiple of '
+        f'optim.accumulate={self.optim.accumulate}'
+      )
+    if self.loss and self.loss.mtp > 0 and self.model.mtp_modules == 0:
+      errors.append(
+        f'loss.mtp={self.loss.mtp} needs model.mtp_modules >= 1; it is 0'
+      )
+    mtp = self.loss.mtp if self.loss else 0
+    if self.optim and self.optim.train_only == 'mtp' and not mtp:
+      errors.append('optim.train_only=mtp needs loss.mtp > 0')
+    if self.agent and self.agent.max_new >= self.engine.length:
+      errors.append(
+        f'agent.max_new={self.agent.max_new} leaves no room for a prompt in '
+        f'engine.length={self.engine.length}'
+      )
+
+
+def _freeze(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
+  """Checks `value` against a field's type; appends what is wrong."""
+  if isinstance(hint, types.UnionType):
+    hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+  if isinstance(hint, type) and issubclass(hint, Settings):
+    if not isinstance(value, dict):
+      errors.append(f'{path}={value!r}: expected a section of settings')
+      return None
+    return _freeze_section(hint, value, path, errors)
+  if typing.get_origin(hint) is tuple:
+    return _freeze_weights(value, path, errors)
+  if hint is float and type(value) is int:
+    value = float(value)
+  if type(value) is not hint:
+    errors.append(
+      f'{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}'
+    )
+  return value
+
+
+def _freeze_section(
+  cls: type, tree: dict, path: str, errors: list[str]
+) -> Settings | None:
+  hints = typing.get_type_hints(cls)
+  names = {field.name for field in dataclasses.fields(cls)}
+  for name in sorted(set(tree) - names):
+    errors.append(f'{path}.{name}: unknown key')
+  for name in sorted(names - set(tree)):
+    errors.append(f'{path}.{name}: missing')
+  before = len(errors)
+  kwargs = {
+    name: _freeze(hints[name], tree[name], f'{path}.{name}', errors)
+    for name in sorted(names & set(tree))
+  }
+  return (
+    None if len(errors) > before or len(kwargs) < len(names) else cls(**kwargs)
+  )
+
+
+def _freeze_weights(
+  value: Any, path: str, errors: list[str]
+) -> tuple[tuple[str, float], ...]:
+  """A name -> weight mapping becomes sorted pairs."""
+  pairs = value.items() if isinstance(value, dict) else value
+  frozen = []
+  for pair in pairs:
+    name, weight = pair
+    if type(name) is not str or type(weight) not in (int, float):
+      errors.append(f'{path}.{name}={weight!r}: expected a number')
+      continue
+    frozen.append((name, float(weight)))
+  return tuple(sorted(frozen))
+
+
+def to_config(settings: Settings) -> ml_collections.ConfigDict:
+  """The ConfigDict that `RunConfig.from_config` would freeze to `settings`."""
+  tree = ml_collections.ConfigDict()
+  for field in dataclasses.fields(settings):
+    value = object.__getattribute__(settings, field.name)
+    if value is None:
+      continue
+    if isinstance(value, Settings):
+      value = to_config(value)
+    elif field.name == 'skills':
+      value = ml_collections.ConfigDict(dict(value))
+    tree[field.name] = value
+  return tree
+
+
+def unread(settings: Settings) -> list[str]:
+  """Paths of the leaves of `settings` that no code has read so far."""
+  paths = []
+  for field in dataclasses.fields(settings):
+    value = object.__getattribute__(settings, field.name)
+    if isinstance(value, Settings):
+      paths += [f'{field.name}.{path}' for path in unread(value)]
+    elif value is not None:
+      if (type(settings).__name__, field.name) not in Settings.READS:
+        paths.append(field.name)
+  return paths

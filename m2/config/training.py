@@ -1,0 +1,193 @@
+"""Sections of training: model, mesh, optimiser, loss, data, saving, log."""
+
+from m2.config import base
+
+
+@base.section
+class ModelConfig(base.Settings):
+  """Shape of the model; the defaults are MiniMax-M2 (report 2.1)."""
+
+  vocab: int = 200_064
+  d_model: int = 3072
+  layers: int = 62
+  heads: int = 48
+  kv_heads: int = 8
+  head_dim: int = 128
+  rotary_dim: int = 64  # leading dims of each head that RoPE rotates
+  rope_theta: float = 5e6
+  max_positions: int = 196_608
+  experts: int = 256
+  d_expert: int = 1536  # SwiGLU width of one expert
+  top_k: int = 8  # experts selected per token
+  min_k: int = 8  # experts always used; the rest need `min_share`
+  min_share: float = 0.0  # of the selected weight, to use experts past min_k
+  mtp_modules: int = 0  # multi-token-prediction modules (report 2.3)
+  norm_eps: float = 1e-6
+  init_std: float = 0.02
+  dtype: str = 'bfloat16'  # activations and matmuls
+  param_dtype: str = 'float32'  # stored weights
+  remat: str = 'block'  # none | block | full: see m2/model/transformer.py
+
+  def _check(self) -> None:
+    base.positive(self, 'vocab d_model layers heads kv_heads head_dim experts')
+    base.positive(
+      self, 'd_expert top_k min_k norm_eps rope_theta max_positions'
+    )
+    base.require(
+      self.heads % self.kv_heads == 0,
+      f'model.heads={self.heads} is not a multiple of '
+      f'model.kv_heads={self.kv_heads}',
+    )
+    base.require(
+      self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= self.head_dim,
+      f'model.rotary_dim={self.rotary_dim} must be even and at most '
+      f'model.head_dim={self.head_dim}',
+    )
+    base.require(
+      self.top_k <= self.experts,
+      f'model.top_k={self.top_k} exceeds model.experts={self.experts}',
+    )
+    base.require(
+      self.min_k <= self.top_k,
+      f'model.min_k={self.min_k} exceeds model.top_k={self.top_k}; set them '
+      'equal for a fixed number of active experts',
+    )
+    base.require(
+      0 <= self.min_share < 1, f'model.min_share={self.min_share} not in [0, 1)'
+    )
+    base.require(
+      self.min_k == self.top_k or self.min_share > 0,
+      f'model.min_k={self.min_k} below model.top_k={self.top_k} needs '
+      'model.min_share > 0, else it does nothing',
+    )
+    base.choice(self, 'model', 'dtype', ('float32', 'bfloat16'))
+    base.choice(self, 'model', 'param_dtype', ('float32', 'bfloat16'))
+    base.choice(self, 'model', 'remat', ('none', 'block', 'full'))
+    base.require(
+      self.mtp_modules >= 0, 'model.mtp_modules must not be negative'
+    )
+
+
+@base.section
+class MeshConfig(base.Settings):
+  """Mesh axis sizes; one axis may be -1 and takes the devices left over."""
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  tensor: int = 1
+
+  def _check(self) -> None:
+    sizes = (self.data, self.fsdp, self.expert, self.tensor)
+    base.require(
+      all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
+      f'mesh axes (data, fsdp, expert, tensor)={sizes}: each must be positive, '
+      'at most one may be -1',
+    )
+
+
+@base.section
+class OptimConfig(base.Settings):
+  """AdamW or Muon under a warm-up-stable-decay schedule."""
+
+  name: str = 'adamw'
+  lr: float = 3e-4  # peak
+  warmup: int = 100  # steps, linear from 0
+  decay: float = 0.2  # share of the steps, at the end, that decay linearly
+  final: float = 0.1  # last learning rate, as a share of the peak
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1  # on matrices only: never norms or biases
+  clip: float = 1.0  # global gradient norm
+  accumulate: int = 1  # microbatches per step
+  train_only: str = 'all'  # all | mtp: mtp freezes the trunk (report 2.3)
+  bias_rate: float = 1e-3  # router bias step per sign of load error
+  bias_decay: bool = True  # scale bias_rate with the schedule
+
+  def _check(self) -> None:
+    base.choice(self, 'optim', 'name', ('adamw', 'muon'))
+    base.choice(self, 'optim', 'train_only', ('all', 'mtp'))
+    base.positive(self, 'lr clip accumulate eps')
+    for name in ('decay', 'final'):
+      value = getattr(self, name)
+      base.require(0 <= value <= 1, f'optim.{name}={value} is not in [0, 1]')
+    for name in ('b1', 'b2'):
+      value = getattr(self, name)
+      base.require(0 <= value < 1, f'optim.{name}={value} is not in [0, 1)')
+    for name in ('warmup', 'weight_decay', 'bias_rate'):
+      value = getattr(self, name)
+      base.require(value >= 0, f'optim.{name}={value} must not be negative')
+
+
+@base.section
+class LossConfig(base.Settings):
+  """Weights of the terms added to next-token cross-entropy."""
+
+  z: float = 1e-4  # on the squared log-partition of the head
+  balance: float = 0.0  # auxiliary load balance (report 2.2.1 keeps it small)
+  mtp: float = 0.0  # multi-token prediction (report 2.3: 0.3)
+  mtp_final: float = 0.0  # its value after the decay phase (report: 0.1)
+  chunk: int = 1024  # tokens whose logits exist at once
+
+  def _check(self) -> None:
+    base.positive(self, 'chunk')
+    for name in ('z', 'balance', 'mtp', 'mtp_final'):
+      value = getattr(self, name)
+      base.require(value >= 0, f'loss.{name}={value} must not be negative')
+    base.require(
+      self.mtp_final <= self.mtp,
+      f'loss.mtp_final={self.mtp_final} exceeds loss.mtp={self.mtp}: the '
+      'weight only falls',
+    )
+
+
+@base.section
+class DataConfig(base.Settings):
+  """Where rows come from and how they are packed (m2/data/pipeline.py)."""
+
+  source: str = 'files'  # files | jsonl | array_record | tasks
+  path: str = 'stdlib'  # globs, by commas; 'stdlib' = Python's own sources
+  tokenizer: str = ''  # tokenizer.json; '' trains a byte-level BPE in workdir
+  batch: int = 8  # rows per step over all hosts
+  length: int = 1024  # tokens per row
+  keep_all_reasoning: bool = True  # report Eq. 10 keeps every turn's reasoning
+  examples: int = 20_000  # task source: distinct demonstrations
+  prefetch: int = 2  # batches made ahead, by each worker
+  workers: int = 0  # processes; 0 = in this one
+
+  def _check(self) -> None:
+    base.choice(
+      self, 'data', 'source', ('files', 'jsonl', 'array_record', 'tasks')
+    )
+    base.positive(self, 'batch length examples prefetch')
+    base.require(self.workers >= 0, f'data.workers={self.workers} is negative')
+
+
+@base.section
+class CheckpointConfig(base.Settings):
+  """Saving, resuming and starting weights (m2/checkpoint/store.py)."""
+
+  every: int = 500  # steps
+  keep: int = 2
+  init_from: str = ''  # a workdir or Hugging Face directory: weights only
+  on_corrupt: str = 'error'  # error | previous: use the last good one
+
+  def _check(self) -> None:
+    base.positive(self, 'every keep')
+    base.choice(self, 'checkpoint', 'on_corrupt', ('error', 'previous'))
+
+
+@base.section
+class LogConfig(base.Settings):
+  """Progress line, metrics.jsonl and TensorBoard (m2/obs/metrics.py)."""
+
+  every: int = 10  # steps
+  introspect: int = 50  # steps between introspection records; 0 = never
+  tensorboard: bool = True
+
+  def _check(self) -> None:
+    base.positive(self, 'every')
+    base.require(
+      self.introspect >= 0, f'log.introspect={self.introspect} negative'
+    )

@@ -1,0 +1,217 @@
+"""What the Hopper products share: roles, the ring of stages, the walk.
+
+A block is three warpgroups. The first two are consumers: each issues wgmma for
+half the rows of an output tile and stores them. The third is the copier: it
+fills a ring of stages with operand tiles and runs ahead from one tile into the
+next, so that the pipeline does not drain while results are stored.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tiles as tile_tables
+
+ALIGN = 8  # rows of a swizzled tile in shared memory
+SWIZZLE = 128  # bytes; also the width of a staged piece of output
+CONSUMERS = 2  # warpgroups that multiply
+HALF = 64  # rows of a wgmma, and of a warpgroup's share of a tile
+ROWS = CONSUMERS * HALF  # of an output tile
+COPIER_REGISTERS = 40
+CONSUMER_REGISTERS = 232  # 2 * 232 + 40 fill the 504 a thread triple may have
+
+
+def check(tiles: tile_tables.Tiles, left: int, columns: int) -> None:
+  """Raises ValueError if `left` is not 0 or the column tiles do not fit."""
+  if left or columns % (tiles.columns * tiles.cluster):
+    raise ValueError(
+      f'{tiles} do not divide these matrices: {left} left over on one side, '
+      f'{columns} columns on the other'
+    )
+
+
+def mesh(name: str, tiles: tile_tables.Tiles, blocks: int | None) -> dict:
+  """The grid of persistent blocks; None takes one a multiprocessor."""
+  blocks = blocks or jax.local_devices()[0].core_count
+  return {
+    'kernel_name': name,
+    'grid': (blocks // tiles.cluster,),
+    'grid_names': ('cluster',),
+    'cluster': (tiles.cluster,),
+    'cluster_names': ('member',),
+    'num_threads': CONSUMERS + 1,
+    'thread_name': 'warpgroup',
+  }
+
+
+def scratch(tiles, a_shape, b_shape, chunk, out_dtype) -> dict:
+  """The ring of stages, the staging of results, and their barriers."""
+
+  def swizzled(shape, dtype):
+    columns = SWIZZLE // jnp.dtype(dtype).itemsize
+    transforms = (
+      plgpu.TilingTransform((ALIGN, columns)),
+      plgpu.SwizzleTransform(SWIZZLE),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+  # A slot is free once the consumers of the whole cluster have read it, since
+  # each member copies its part of a_smem to all.
+  if tiles.cluster > 1:
+    empty = plgpu.ClusterBarrier(
+      collective_axes=('member',),
+      num_arrivals=CONSUMERS,
+      num_barriers=tiles.stages,
+    )
+  else:
+    empty = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages)
+  return {
+    'a_smem': swizzled((tiles.stages, *a_shape), jnp.bfloat16),
+    'b_smem': swizzled((tiles.stages, *b_shape), jnp.bfloat16),
+    'out_smem': swizzled((CONSUMERS, tiles.staging, HALF, chunk), out_dtype),
+    'full': plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+    'empty': empty,
+  }
+
+
+def raster(item, rows, columns, band):
+  """Row and column of the item-th tile: bands of rows, columns outermost.
+
+  Blocks that run at the same time then share the same few columns of one
+  operand and `band` rows of the other.
+  """
+  first = lax.div(item, band * columns) * band
+  inner = item - first * columns
+  height = jnp.minimum(band, rows - first)
+  return first + lax.rem(inner, height), lax.div(inner, height)
+
+
+def run(fetch, multiply, items, empty, tiles):
+  """Walks this block's share of the items, each warpgroup in its own role.
+
+  Args:
+    fetch: (item, ring) -> ring; copies an item's operands. `ring` counts the
+      stages used so far, so that both roles agree on the next slot.
+    multiply: (item, ring, warpgroup) -> ring.
+    items: how many there are, for all blocks together.
+    empty: barriers of the slots that may be filled again.
+    tiles: how the products are cut.
+  """
+  cluster, clusters = lax.axis_index('cluster'), lax.axis_size('cluster')
+  warpgroup = lax.axis_index('warpgroup')
+  mine = lax.div(items - cluster + clusters - 1, clusters)
+
+  def walk(visit):
+    def body(index, ring):
+      return visit(cluster + index * clusters, ring)
+
+    lax.fori_loop(0, mine, body, jnp.int32(0))
+
+  @pl.when(warpgroup == CONSUMERS)
+  def _():
+    plgpu.set_max_registers(COPIER_REGISTERS, action='decrease')
+    walk(fetch)
+    for slot in range(tiles.stages):  # leave no arrival unobserved
+      plgpu.barrier_wait(empty.at[slot])
+
+  @pl.when(warpgroup < CONSUMERS)
+  def _():
+    plgpu.set_max_registers(CONSUMER_REGISTERS, action='increase')
+    for slot in range(tiles.stages):
+      plgpu.barrier_arrive(empty.at[slot])
+    walk(lambda item, ring: multiply(item, ring, warpgroup))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def fetch(copy, steps, ring, empty, tiles):
+  """Copies `steps` pairs of operand tiles into the ring as slots get free."""
+
+  def body(step, ring):
+    slot = lax.rem(ring, tiles.stages)
+    plgpu.barrier_wait(empty.at[slot])
+    copy(step, slot)
+    return ring + 1
+
+  return lax.fori_loop(0, steps, body, ring)
+
+
+def accumulate(step, store, steps, ring, full, empty, tiles, out_smem):
+  """Sums `steps` stages of the ring into registers, then stores them.
+
+  Args:
+    step: (acc, slot, index) issues the product of one stage.
+    store: (chunk, values, slot) writes a piece of the sum through the output
+      staging `slot`.
+    steps: stages to sum; none leave zeros.
+    ring: stages used before.
+    full: barriers of the slots that have been filled.
+    empty: barriers of the slots that may be filled again.
+    tiles: how the products are cut.
+    out_smem: staging of the output.
+  """
+
+  def scope(acc):
+    def body(index, _):
+      slot = lax.rem(ring + index, tiles.stages)
+      plgpu.barrier_wait(full.at[slot])
+      step(acc, slot, index)
+      # The product before this one is done: its slot may be filled again.
+      plgpu.wgmma_wait(1)
+
+      @pl.when(index > 0)
+      def _():
+        before = lax.rem(ring + index - 1, tiles.stages)
+        plgpu.barrier_arrive(empty.at[before])
+
+    lax.fori_loop(0, steps, body, None)
+    plgpu.wgmma_wait(0)
+
+    @pl.when(steps > 0)
+    def _():
+      last = lax.rem(ring + steps - 1, tiles.stages)
+      plgpu.barrier_arrive(empty.at[last])
+
+    return acc[...]
+
+  total = pl.run_scoped(scope, plgpu.ACC((HALF, tiles.columns), jnp.float32))
+  width = out_smem.shape[-1]
+  for chunk in range(tiles.columns // width):
+    plgpu.wait_smem_to_gmem(tiles.staging - 1, wait_read_only=True)
+    values = total[:, chunk * width : (chunk + 1) * width]
+    store(chunk, values, chunk % tiles.staging)
+
+
+def skip(steps, ring, full, empty, tiles):
+  """Gives back `steps` stages unread."""
+
+  def body(index, _):
+    slot = lax.rem(ring + index, tiles.stages)
+    plgpu.barrier_wait(full.at[slot])
+    plgpu.barrier_arrive(empty.at[slot])
+
+  lax.fori_loop(0, steps, body, None)
+
+
+def multicast(tiles) -> dict:
+  """Arguments of a copy that each member of a cluster does a part of."""
+  return {'collective_axes': 'member'} if tiles.cluster > 1 else {}
+
+
+def first_column(column, tiles):
+  """First column of this member's tile, of the cluster's `column`-th tiles."""
+  column = column * tiles.cluster + lax.axis_index('member')
+  return pl.multiple_of(column * tiles.columns, tiles.columns)
+
+
+def mask_rows(ref, count):
+  """Sets the rows from `count` on to zero."""
+  values = ref[...]
+  ref[...] = jnp.where(
+    row_index(values.shape) < count, values, jnp.zeros_like(values)
+  )
+
+
+def row_index(shape):
+  return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)

@@ -1,0 +1,119 @@
+"""String arguments of config files, and what the variants are."""
+
+import json
+
+from absl.testing import absltest, parameterized
+
+from configs import common, m2, rerun, sft
+from m2 import config as settings
+from m2.model import params
+
+
+class ArgumentTest(parameterized.TestCase):
+  def test_words_and_leaves(self):
+    words, leaves = common.parse_arg(
+      ' tiny, steps=20,optim.lr = 1e-3', ('tiny',)
+    )
+    self.assertEqual(words, {'tiny'})
+    self.assertEqual(leaves, {'steps': '20', 'optim.lr': '1e-3'})
+    self.assertEqual(common.parse_arg(''), (frozenset(), {}))
+
+  @parameterized.parameters(
+    ('tiny', (), "'tiny' is unknown"),
+    ('tiny,tiny', ('tiny',), "'tiny' is given twice"),
+    ('a=1,a=2', (), "'a' is given twice"),
+    ('=3', (), "'' is not a setting"),
+    ('steps', (), "'steps' is unknown"),
+  )
+  def test_what_is_not_understood_is_named(self, arg, words, message):
+    with self.assertRaisesRegex(ValueError, message):
+      common.set_leaves(m2.get_config(), common.parse_arg(arg, words)[1])
+
+  def test_leaves_keep_their_types(self):
+    config = m2.get_config('tiny,steps=7,optim.lr=1,optim.bias_decay=False')
+    self.assertEqual(config.steps, 7)
+    self.assertIsInstance(config.optim.lr, float)
+    self.assertIs(config.optim.bias_decay, False)
+
+  @parameterized.parameters(
+    ('steps=1.5', 'steps=.1.5.: expected int'),
+    ('optim.lr=fast', 'expected float'),
+    ('log.tensorboard=1', 'expected bool'),
+    ('optim.lrr=1', 'did you mean optim.lr'),
+    ('optim=1', 'not a setting'),
+    ('optim.lr.x=1', 'not a setting'),
+    ('model.layers.=1', 'not a setting'),
+  )
+  def test_a_wrong_leaf_is_named(self, arg, message):
+    with self.assertRaisesRegex(ValueError, message):
+      m2.get_config(f'tiny,{arg}')
+
+  def test_default_workdirs(self):
+    for name, expected in {
+      'configs/m2.py': 'runs/m2',
+      'configs/m2.py:e64,tiny': 'runs/m2-e64-tiny',
+      '/somewhere/my.py:a=b': 'runs/somewhere-my-a-b',
+    }.items():
+      self.assertEqual(common.workdir(name), expected)
+
+
+class VariantTest(parameterized.TestCase):
+  def model(self, arg) -> settings.ModelConfig:
+    return settings.RunConfig.from_config(m2.get_config(arg)).model
+
+  def test_full_shape(self):
+    self.assertEqual(params.count(self.model('')), 228_689_764_864)
+
+  def test_tiny_keeps_the_ratios(self):
+    full, tiny = self.model(''), self.model('tiny')
+    for ratio in (
+      lambda m: m.heads / m.kv_heads,
+      lambda m: m.heads * m.head_dim / m.d_model,
+      lambda m: m.d_expert / m.d_model,
+      lambda m: m.rotary_dim / m.head_dim,
+      lambda m: m.experts / m.top_k,
+    ):
+      self.assertEqual(ratio(full), ratio(tiny))
+    for name in ('vocab', 'd_model', 'layers', 'heads', 'head_dim', 'experts'):
+      self.assertLess(getattr(tiny, name), getattr(full, name))
+
+  @parameterized.parameters('e64', 'e64,tiny')
+  def test_e64_uses_two_to_four(self, arg):
+    model = self.model(arg)
+    self.assertEqual((model.min_k, model.top_k), (2, 4))
+    self.assertEqual(model.min_share, 0.2)
+    self.assertEqual(model.experts, 16 if 'tiny' in arg else 64)
+
+  def test_words_commute_and_leaves_come_last(self):
+    first, second = m2.get_config('e64,tiny'), m2.get_config('tiny,e64')
+    self.assertEqual(first.to_dict(), second.to_dict())
+    self.assertEqual(m2.get_config('model.layers=3,tiny').model.layers, 3)
+
+  def test_sft_differs_by_its_data(self):
+    tiny, tuned = m2.get_config('tiny'), sft.get_config('tiny')
+    self.assertEqual(tiny.model.to_dict(), tuned.model.to_dict())
+    self.assertEqual(tuned.data.source, 'tasks')
+    self.assertEqual(sft.get_config('tiny,steps=5').steps, 5)
+
+  def test_rerun_gives_what_was_saved(self):
+    config = sft.get_config('e64,tiny')
+    config.tasks.skills = {'add_col': 2.0}
+    path = self.create_tempfile(content=config.to_json()).full_path
+    again = rerun.get_config(path)
+    self.assertEqual(json.loads(again.to_json()), json.loads(config.to_json()))
+    run = settings.RunConfig.from_config(again)
+    self.assertEqual(run.tasks.skills, (('add_col', 2.0),))
+
+  @parameterized.parameters('', '/does/not/exist')
+  def test_rerun_of_nothing(self, path):
+    with self.assertRaisesRegex(ValueError, 'needs a file|cannot be read'):
+      rerun.get_config(path)
+
+  def test_rerun_of_something_else(self):
+    path = self.create_tempfile(content='[1, 2]').full_path
+    with self.assertRaisesRegex(ValueError, 'holds no config'):
+      rerun.get_config(path)
+
+
+if __name__ == '__main__':
+  absltest.main()

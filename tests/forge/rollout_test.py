@@ -1,0 +1,132 @@
+"""Groups in flight: never more than allowed, none lost, none doubled."""
+
+import asyncio
+
+import numpy as np
+from absl.testing import absltest
+
+from m2 import types
+from m2.forge import pool as pools
+from m2.forge import rollout, window
+
+
+class Tasks:
+  def __getitem__(self, index):
+    return types.Task(f't{index}', 'toy', 'say', 'train', 0, '', {}, '')
+
+
+class Agent:
+  """Finishes episodes in an order that the tests choose."""
+
+  def __init__(self, pool, delay=lambda task: 1, outcome=types.Outcome.SCORE):
+    self._pool, self._delay, self._outcome = pool, delay, outcome
+    self.playing, self.most, self.seeds = 0, 0, {}
+
+  async def play(self, task, episode, seed):
+    self.seeds[episode] = seed
+    self.playing += 1
+    self.most = max(self.most, self.playing)
+    for _ in range(self._delay(task)):
+      await asyncio.sleep(0)
+    self.playing -= 1
+    self._pool.put(
+      types.Completion(
+        episode, 0, np.array([1]), np.array([2]), np.array([-1.0]), 0,
+        types.StopReason.EOS,
+      )
+    )  # fmt: skip
+    return types.Reward(episode, self._outcome, (1.0,), passed=True)
+
+
+class RolloutTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.pool = self.enter_context(pools.DataPool('sqlite://'))
+    self.scene = self.enter_context(rollout.Scene())
+
+  def make(self, width=4, in_flight=4, **kwargs):
+    return rollout.Rollouts(
+      window.WindowedFifo(width),
+      self.pool,
+      in_flight=in_flight,
+      group_size=3,
+      seed=7,
+      **kwargs,
+    )
+
+  def test_slots_are_refilled_when_freed_and_not_before(self):
+    rollouts, agent = self.make(), Agent(self.pool)
+    self.scene.start(rollouts.keep_running(agent, Tasks()))
+    first = self.scene.until(rollouts.take(2))
+    self.assertEqual(first, ['g0.0', 'g1.0'])
+    self.scene.until(asyncio.sleep(0.01))
+    self.assertEqual(rollouts.window.next_index, 4)  # taken, not freed
+    rollouts.free()
+    self.scene.until(asyncio.sleep(0.01))
+    self.assertEqual(rollouts.window.next_index, 6)
+    self.assertLessEqual(agent.most, 12)
+    episodes = self.pool.read(rollout.episodes('g0.0', 3))
+    self.assertEqual({e.group for e in episodes}, {'g0.0'})
+    self.assertEqual({e.task for e in episodes}, {'t0'})
+
+  def test_a_slow_head_lets_the_window_pass_and_no_more(self):
+    rollouts = self.make(width=2, in_flight=4)
+    slow = Agent(self.pool, delay=lambda task: 500 if task.id == 't0' else 1)
+    self.scene.start(rollouts.keep_running(slow, Tasks()))
+    self.assertEqual(self.scene.until(rollouts.take(1)), ['g1.0'])
+    # 2 and 3 are done, yet outside the window until 0 is taken.
+    self.assertEqual(self.scene.until(rollouts.take(3))[0], 'g0.0')
+
+  def test_nothing_runs_between_batches(self):
+    rollouts = self.make()
+    agent = Agent(self.pool, delay=lambda task: 10 + int(task.id[1:]) * 50)
+    self.scene.start(rollouts.keep_running(agent, Tasks()))
+    self.scene.until(rollouts.take(1))
+    self.assertGreater(agent.playing, 0)  # suspended, not lost
+    self.assertEqual(
+      self.scene.until(rollouts.take(3)), ['g1.0', 'g2.0', 'g3.0']
+    )
+
+  def test_groups_without_two_scores_are_dropped(self):
+    rollouts = self.make()
+    failing = Agent(self.pool, outcome=types.Outcome.INFRA)
+    self.scene.start(rollouts.keep_running(failing, Tasks()))
+    self.scene.until(asyncio.sleep(0.01))
+    self.assertGreater(rollouts.counters.dropped, 4)
+    self.assertEqual(rollouts.counters.infra, 3 * rollouts.counters.groups)
+
+  def test_an_error_of_an_episode_reaches_the_run(self):
+    rollouts = self.make()
+
+    def fail(task):
+      raise RuntimeError(f'bug in {task.id}')
+
+    agent = Agent(self.pool, delay=fail)
+    self.scene.start(rollouts.keep_running(agent, Tasks()))
+    with self.assertRaisesRegex(RuntimeError, 'bug in t0'):
+      self.scene.until(rollouts.take(1))
+
+  def test_restored_groups_are_played_again_alike(self):
+    rollouts, agent = self.make(), Agent(self.pool)
+    self.scene.start(rollouts.keep_running(agent, Tasks()))
+    self.scene.until(rollouts.take(1))
+    again = self.make()
+    again.window.restore(
+      {
+        'head': 1,
+        'next_index': 3,
+        'queued': [[again.group_id(1), 1], ['g2.0', 2]],
+        'done': ['g2.0'],
+      }
+    )
+    self.assertEqual(again.group_id(1), 'g1.1')
+    other = Agent(self.pool)
+    self.scene.start(again.keep_running(other, Tasks()))
+    taken = self.scene.until(again.take(3))
+    self.assertEqual(taken, ['g2.0', 'g1.1', 'g3.1'])  # 2 was done
+    self.assertEqual(other.seeds['g1.1/2'], agent.seeds['g1.0/2'])
+    self.assertLen(set(agent.seeds.values()), len(agent.seeds))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,111 @@
+"""The command line: a run can be repeated, and a refused one leaves no mark.
+
+Wrong settings are in `tests/settings_test.py`.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+from m2.data import tokenizer
+from tests.train import small, worker
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MODEL = {
+  name: getattr(small.MODEL, name)
+  for name in 'd_model heads kv_heads head_dim rotary_dim layers vocab'.split()
+} | {'experts': 8, 'd_expert': 16}
+
+
+class MainTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    folder = tempfile.TemporaryDirectory()
+    cls.addClassCleanup(folder.cleanup)
+    cls.folder = pathlib.Path(folder.name)
+    rows = worker.source()
+    cls.data = cls.folder / 'rows.jsonl'
+    cls.data.write_text('\n'.join(json.dumps(row) for row in rows))
+    words = tokenizer.train((row['text'] for row in rows), 320)
+    words.save(cls.folder / 'tokenizer.json')
+    cls.workdir = cls.folder / 'first run'
+    # A cache of its own, empty at first: what is compiled is known.
+    cls.cache = cls.folder / 'cache'
+    leaves = {f'model.{name}': value for name, value in MODEL.items()} | {
+      'steps': 6,
+      'data.source': 'jsonl',
+      'data.path': cls.data,
+      'data.tokenizer': cls.folder / 'tokenizer.json',
+      'data.length': 16,
+      'log.introspect': 0,
+      'log.every': 2,
+      'checkpoint.every': 3,
+    }
+    cls.first = cls.main(
+      '--config=configs/m2.py:tiny',
+      *(f'--config.{name}={value}' for name, value in leaves.items()),
+      workdir=cls.workdir,
+    )
+
+  @classmethod
+  def main(cls, *arguments, workdir):
+    environment = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cls.cache)}
+    return subprocess.run(
+      [sys.executable, 'main.py', *arguments, f'--workdir={workdir}'],
+      cwd=ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+    )
+
+  def losses(self, workdir) -> list[float]:
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    return [json.loads(line)['loss'] for line in lines]
+
+  def test_trains_and_says_how_far_it_is(self):
+    self.assertEqual(self.first.returncode, 0, self.first.stderr)
+    lines = self.first.stdout.splitlines()
+    self.assertEqual(
+      [line.split('  ')[0] for line in lines],
+      ['step 2/6', 'step 4/6', 'step 6/6'],
+    )
+    self.assertLen(self.losses(self.workdir), 6)
+
+  def test_its_config_repeats_it_to_the_bit_from_the_compilation_cache(self):
+    before = sorted(path.name for path in self.cache.glob('*-cache'))
+    self.assertNotEmpty(before)
+    again = self.folder / 'again'
+    run = self.main(
+      f'--config=configs/rerun.py:{self.workdir}/config.json', workdir=again
+    )
+    self.assertEqual(run.returncode, 0, run.stderr)
+    self.assertEqual(self.losses(again), self.losses(self.workdir))
+    after = sorted(path.name for path in self.cache.glob('*-cache'))
+    self.assertEqual(before, after, 'something was compiled again')
+    self.assertEqual(
+      (again / 'config.json').read_bytes(),
+      (self.workdir / 'config.json').read_bytes(),
+    )
+
+  def test_a_refused_run_leaves_the_config_as_it_was(self):
+    kept = (self.workdir / 'config.json').read_bytes()
+    run = self.main(
+      f'--config=configs/rerun.py:{self.workdir}/config.json',
+      '--config.seed=5',
+      workdir=self.workdir,
+    )
+    self.assertEqual(run.returncode, 2)
+    self.assertRegex(run.stderr, 'seed was 0, is 5')
+    self.assertLen(run.stderr.splitlines(), 1)
+    self.assertEqual((self.workdir / 'config.json').read_bytes(), kept)
+    self.assertIn('Traceback', (self.workdir / 'error.txt').read_text())
+
+
+if __name__ == '__main__':
+  absltest.main()

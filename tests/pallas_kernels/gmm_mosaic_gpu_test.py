@@ -1,0 +1,251 @@
+"""The Hopper products against the specification.
+
+On a CPU the kernels run in Pallas' interpreter, which simulates warpgroups,
+bulk copies and barriers, on the smallest tiles; on a Hopper GPU the same tests
+run the compiled kernels: `python -m tests.pallas_kernels.gmm_mosaic_gpu_test`.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_kernels
+from pallas_kernels import tiles as tile_tables
+from pallas_kernels.gmm import api, layout, mosaic_gpu, ref, vjp
+
+BF16_TOLERANCE = 5e-3  # in norm: one rounding of the result
+FP32_TOLERANCE = 1e-5
+TILES = tile_tables.Tiles(columns=128, stages=2, band=2)
+BLOCKS = 2  # persistent blocks, so that each walks several tiles
+CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
+
+
+def compiled_here():
+  """Interprets the kernels where there is no GPU."""
+  if jax.default_backend() == 'gpu':
+    return contextlib.nullcontext()
+  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+
+
+def backend(tiles=TILES, blocks=BLOCKS):
+  return vjp.Backend(
+    mosaic_gpu.alignment,
+    functools.partial(mosaic_gpu.product, tiles=tiles, blocks=blocks),
+    functools.partial(mosaic_gpu.weight_gradient, tiles=tiles, blocks=blocks),
+  )
+
+
+def operands(sizes, align, rows, width, out):
+  """Random bfloat16 operands; rows of no group hold NaN."""
+  keys = jax.random.split(jax.random.key(rows), 3)
+  sizes_G = jnp.asarray(sizes, jnp.int32)
+  inside_M1 = (ref.group_of_rows(sizes_G, rows, align) < len(sizes))[:, None]
+  x_MK, w_GKN, dy_MN = (
+    jax.random.normal(key, shape).astype(jnp.bfloat16)
+    for key, shape in zip(
+      keys, ((rows, width), (len(sizes), width, out), (rows, out))
+    )
+  )
+  x_MK = jnp.where(inside_M1, x_MK, jnp.nan)
+  return x_MK, w_GKN, sizes_G, jnp.where(inside_M1, dy_MN, jnp.nan), inside_M1
+
+
+def expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, align):
+  """y, dx and dw in float32 by the specification."""
+  x_MK, dy_MN = (
+    jnp.where(inside_M1, z, 0).astype(jnp.float32) for z in (x_MK, dy_MN)
+  )
+
+  def spec(x_MK, w_GKN):
+    return ref.grouped_matmul(
+      x_MK, w_GKN, sizes_G, align=align, out_dtype=jnp.float32
+    )
+
+  with jax.default_matmul_precision('highest'):
+    y_MN, pull = jax.vjp(spec, x_MK, w_GKN.astype(jnp.float32))
+    return y_MN, *pull(dy_MN)
+
+
+def assert_close(test, got, want, tolerance):
+  got, want = np.float64(got), np.float64(want)
+  test.assertEqual(got.shape, want.shape)
+  test.assertTrue(np.isfinite(got).all())
+  error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
+  test.assertLess(error, tolerance)
+
+
+class MosaicGpuTest(parameterized.TestCase):
+  def test_product_and_derivative(self):
+    # A group of one row, an empty one, one of two tiles, rows after the last.
+    sizes, align, rows = [3, 0, 130, 1], 8, 168
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands(
+      sizes, align, rows, 128, 128
+    )
+    with compiled_here():
+      y_MN, pull = jax.vjp(
+        lambda x, w: vjp.grouped_matmul(
+          backend(), x, w, sizes_G, align=align, out_dtype=x.dtype
+        ),
+        x_MK,
+        w_GKN,
+      )
+      got = y_MN, *pull(dy_MN)
+    want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, align)
+    for ours, spec in zip(got, want):
+      self.assertEqual(ours.dtype, jnp.bfloat16)
+      assert_close(self, ours, spec, BF16_TOLERANCE)
+    self.assertFalse(np.float32(y_MN)[~np.asarray(inside_M1)[:, 0]].any())
+    self.assertFalse(np.float32(got[2])[np.asarray(sizes) == 0].any())
+
+  def test_groups_may_start_anywhere(self):
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands([7, 0, 1], 1, 9, 128, 128)
+    with compiled_here():
+      y_MN = vjp.grouped_matmul(
+        backend(), x_MK, w_GKN, sizes_G, align=1, out_dtype=x_MK.dtype
+      )
+    want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, 1)
+    assert_close(self, y_MN, want[0], BF16_TOLERANCE)
+
+  def test_shared_copies_and_float32_results(self):
+    sizes, rows = [5, 66], 80
+    tiles = tile_tables.Tiles(columns=128, stages=2, cluster=2, staging=3)
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands(sizes, 8, rows, 128, 256)
+    ours = backend(tiles, 2 * BLOCKS)
+    options = {'align': 8, 'out_dtype': jnp.float32}
+    with compiled_here():
+      y_MN = ours.product(x_MK, w_GKN, sizes_G, transpose=False, **options)
+      dw_GKN = ours.weight_gradient(x_MK, dy_MN, sizes_G, **options)
+    want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, 8)
+    assert_close(self, y_MN, want[0], FP32_TOLERANCE)
+    assert_close(self, dw_GKN, want[2], FP32_TOLERANCE)
+
+  def test_runs_are_bitwise_equal(self):
+    if jax.default_backend() != 'gpu':
+      self.skipTest('the interpreter is sequential; a GPU is not')
+    x_MK, w_GKN, sizes_G, *_ = operands([900, 0, 70], 8, 1024, 512, 512)
+
+    @jax.jit
+    def run(x, w):
+      y, pull = jax.vjp(
+        lambda x, w: api.grouped_matmul(
+          x, w, sizes_G, align=8, impl='mosaic_gpu'
+        ),
+        x,
+        w,
+      )
+      return y, *pull(y)
+
+    first = run(x_MK, w_GKN)
+    for _ in range(5):
+      for a, b in zip(first, run(x_MK, w_GKN)):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+  @parameterized.parameters('product', 'transposed', 'weight_gradient')
+  def test_lowers_for_hopper_at_the_shapes_of_m2(self, operation):
+    wide, hidden, experts, rows = 3072, 1536, 256, 65536 + 2048
+    tiles = tile_tables.Tiles()
+    options = {'align': 8, 'out_dtype': jnp.bfloat16, 'blocks': 132}
+    if operation == 'weight_gradient':
+      call = functools.partial(mosaic_gpu.weight_gradient, tiles=tiles)
+      second = rows, hidden
+    else:
+      transpose = operation == 'transposed'
+      call = functools.partial(
+        mosaic_gpu.product, tiles=tiles, transpose=transpose
+      )
+      second = experts, *((hidden, wide) if transpose else (wide, hidden))
+    shapes = (
+      jax.ShapeDtypeStruct((rows, wide), jnp.bfloat16),
+      jax.ShapeDtypeStruct(second, jnp.bfloat16),
+      jax.ShapeDtypeStruct((experts,), jnp.int32),
+    )
+    exported = jax.export.export(
+      jax.jit(functools.partial(call, **options)),
+      platforms=['cuda'],
+      disabled_checks=[
+        jax.export.DisabledSafetyCheck.custom_call(name)
+        for name in CUSTOM_CALLS
+      ],
+    )(*shapes)
+    self.assertIn('mosaic_gpu', exported.mlir_module())
+
+  def test_keeps_the_axes_over_which_operands_differ(self):
+    mesh = jax.make_mesh((1,), ('expert',))
+    rows = jax.P('expert')
+    ours = backend(tile_tables.Tiles(), 132)
+
+    def local(x, w, sizes):
+      y, pull = jax.vjp(
+        lambda x, w: vjp.grouped_matmul(
+          ours, x, w, sizes, align=8, out_dtype=x.dtype
+        ),
+        x,
+        w,
+      )
+      return y, *pull(y)
+
+    with jax.set_mesh(mesh):
+      shapes = [
+        jax.ShapeDtypeStruct(
+          shape, dtype, sharding=jax.NamedSharding(mesh, rows)
+        )
+        for shape, dtype in (
+          ((1024, 256), jnp.bfloat16),
+          ((8, 256, 512), jnp.bfloat16),
+          ((8,), jnp.int32),
+        )
+      ]
+      found = jax.eval_shape(
+        jax.shard_map(local, in_specs=(rows,) * 3, out_specs=(rows,) * 3),
+        *shapes,
+      )
+    self.assertEqual([z.shape for z in found[1:]], [(1024, 256), (8, 256, 512)])
+
+  def test_refuses_what_it_cannot_do(self):
+    refusal = functools.partial(mosaic_gpu.refusal, out_dtype=jnp.bfloat16)
+    self.assertIn('float32', refusal(jnp.dtype('float32'), (128, 128)))
+    self.assertIn('128', refusal(jnp.dtype('bfloat16'), (128, 96)))
+    if jax.default_backend() == 'gpu':
+      self.skipTest('nothing else is refused on a Hopper GPU')
+    x_MK, w_GKN, sizes_G, *_ = operands([8], 8, 8, 128, 128)
+    with self.assertRaisesRegex(NotImplementedError, 'needs a Hopper GPU'):
+      pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, impl='mosaic_gpu')
+
+  def test_tiles_must_divide(self):
+    x_MK, w_GKN, sizes_G, *_ = operands([8], 8, 8, 128, 128)
+    with self.assertRaisesRegex(ValueError, '128 columns'):
+      backend(tile_tables.Tiles()).product(
+        x_MK, w_GKN, sizes_G, align=8, transpose=False, out_dtype=x_MK.dtype
+      )
+
+
+class ScheduleTest(absltest.TestCase):
+  def test_every_row_is_written_once_by_its_group(self):
+    rng = np.random.default_rng(0)
+    groups, rows, tile = 6, 1024, 128
+    plan_of = jax.jit(layout.schedule, static_argnums=(1, 2, 3))
+    owner_of = jax.jit(ref.group_of_rows, static_argnums=(1, 2))
+    for trial in range(60):
+      align = (8, 64)[trial % 2]
+      law = rng.dirichlet([0.3] * groups)
+      sizes = rng.multinomial(int(rng.integers(0, 600)), law)
+      plan = jax.tree.map(np.asarray, plan_of(sizes, rows, align, tile))
+      writes, owner = np.zeros(rows, int), np.full(rows, groups)
+      tiles = zip(*(z[: plan.count_1[0]] for z in plan[:-1]))
+      for group, row, valid, extent in tiles:
+        self.assertEqual(extent % 8, 0)
+        writes[row : row + extent] += 1
+        owner[row : row + valid] = group
+      np.testing.assert_array_equal(writes, 1)
+      np.testing.assert_array_equal(owner, owner_of(sizes, rows, align))
+      fuller = plan.valid_T[: plan.count_1[0]] > tile // 2
+      np.testing.assert_array_equal(fuller, np.sort(fuller)[::-1])
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,59 @@
+"""Tiles: what is checked in is sound, found, and picked by time."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest
+
+from pallas_kernels import tiles
+
+
+class TilesTest(absltest.TestCase):
+  def test_every_entry_of_the_table_is_found_and_fits(self):
+    table = json.loads(tiles.TABLE.read_text())
+    self.assertTrue(table)
+    for kind, operations in table.items():
+      self.assertContainsSubset(
+        operations, ('product', 'transposed', 'weight_gradient')
+      )
+      for operation, entries in operations.items():
+        for shape, entry in entries.items():
+          depth, columns = map(int, shape.split('x'))
+          found = tiles.lookup(kind, operation, (depth, columns))
+          self.assertEqual(dataclasses.asdict(found), entry)
+          self.assertEqual(columns % (found.columns * found.cluster), 0)
+
+  def test_unknown_shapes_take_a_default_that_fits(self):
+    self.assertEqual(tiles.lookup('none', 'product', (128, 512)), tiles.Tiles())
+    self.assertEqual(tiles.lookup('none', 'product', (128, 384)).columns, 128)
+
+  def test_bad_tiles_are_named(self):
+    with self.assertRaisesRegex(ValueError, 'columns=100'):
+      tiles.Tiles(columns=100)
+    with self.assertRaisesRegex(ValueError, 'stages=1'):
+      tiles.Tiles(stages=1)
+
+  def test_autotune_picks_the_fastest(self):
+    slow, fast = tiles.Tiles(band=1), tiles.Tiles(band=2)
+
+    def call(candidate, x):
+      def wait(x):
+        time.sleep(0.02 if candidate is slow else 0)
+        return x
+
+      return jax.pure_callback(wait, jax.typeof(x), x)
+
+    best, seconds = tiles.autotune(
+      call, (jnp.ones(4),), (slow, fast), repeats=3
+    )
+    self.assertEqual(best, fast)
+    self.assertGreater(seconds[slow], seconds[fast])
+    with self.assertRaisesRegex(ValueError, 'candidate'):
+      tiles.autotune(call, (jnp.ones(4),), ())
+
+
+if __name__ == '__main__':
+  absltest.main()
