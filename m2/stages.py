@@ -107,7 +107,10 @@ def train_rl(
 ) -> None:
   """Agentic RL from the SFT checkpoint."""
   later = shortened(config, config.stages.rl_steps, config.stages.rl_lr)
-  stage = trial.child(later, 'rl')
+  # Rewards alone move the policy: routing that shifts by itself, and decay,
+  # would undo in a few dozen steps what SFT has learned.
+  optim = dataclasses.replace(later.optim, bias_rate=0.0, weight_decay=0.0)
+  stage = trial.child(dataclasses.replace(later, optim=optim), 'rl')
   stage.checkpoint.init_from = str(folders['sft'])
   trial.run_main(stage, folders['rl'], label='rl', main=main)
 

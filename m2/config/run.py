@@ -7,27 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from m2.config.acting import (
-  AgentConfig,
-  ConvertConfig,
-  EngineConfig,
-  EvalConfig,
-  EvolveConfig,
-  ForgeConfig,
-  PromptConfig,
-  StagesConfig,
-  TasksConfig,
-)
-from m2.config.base import Settings, section
-from m2.config.training import (
-  CheckpointConfig,
-  DataConfig,
-  LogConfig,
-  LossConfig,
-  MeshConfig,
-  ModelConfig,
-  OptimConfig,
-)
+from m2.config import acting, base, training
 
 # Which sections each mode reads; a config has exactly these, plus the fields
 # of RunConfig that are not sections.
@@ -44,29 +24,29 @@ MODES: dict[str, tuple[str, ...]] = {
 }
 
 
-@section
-class RunConfig(Settings):
+@base.section
+class RunConfig(base.Settings):
   """Everything one run of `main.py` needs. Sections a mode lacks are None."""
 
   mode: str = 'pretrain'
   seed: int = 0
   steps: int = 1000
-  model: ModelConfig | None = None
-  mesh: MeshConfig | None = None
-  optim: OptimConfig | None = None
-  loss: LossConfig | None = None
-  data: DataConfig | None = None
-  checkpoint: CheckpointConfig | None = None
-  log: LogConfig | None = None
-  tasks: TasksConfig | None = None
-  prompt: PromptConfig | None = None
-  agent: AgentConfig | None = None
-  engine: EngineConfig | None = None
-  forge: ForgeConfig | None = None
-  eval: EvalConfig | None = None
-  evolve: EvolveConfig | None = None
-  convert: ConvertConfig | None = None
-  stages: StagesConfig | None = None
+  model: training.ModelConfig | None = None
+  mesh: training.MeshConfig | None = None
+  optim: training.OptimConfig | None = None
+  loss: training.LossConfig | None = None
+  data: training.DataConfig | None = None
+  checkpoint: training.CheckpointConfig | None = None
+  log: training.LogConfig | None = None
+  tasks: acting.TasksConfig | None = None
+  prompt: acting.PromptConfig | None = None
+  agent: acting.AgentConfig | None = None
+  engine: acting.EngineConfig | None = None
+  forge: acting.ForgeConfig | None = None
+  eval: acting.EvalConfig | None = None
+  evolve: acting.EvolveConfig | None = None
+  convert: acting.ConvertConfig | None = None
+  stages: acting.StagesConfig | None = None
 
   @classmethod
   def from_config(cls, config: ml_collections.ConfigDict) -> 'RunConfig':
@@ -101,13 +81,13 @@ class RunConfig(Settings):
       run._check(errors)
     if errors:
       raise ValueError('config: ' + '; '.join(errors))
-    Settings.READS.clear()  # checking is not using
+    base.Settings.READS.clear()  # checking is not using
     return run
 
   def _check(self, errors: list[str]) -> None:
     for field in dataclasses.fields(self):
       value = object.__getattribute__(self, field.name)
-      if isinstance(value, Settings):
+      if isinstance(value, base.Settings):
         try:
           value._check()
         except ValueError as error:
@@ -141,7 +121,7 @@ def _freeze(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
   """Checks `value` against a field's type; appends what is wrong."""
   if isinstance(hint, types.UnionType):
     hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-  if isinstance(hint, type) and issubclass(hint, Settings):
+  if isinstance(hint, type) and issubclass(hint, base.Settings):
     if not isinstance(value, dict):
       errors.append(f'{path}={value!r}: expected a section of settings')
       return None
@@ -159,7 +139,7 @@ def _freeze(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
 
 def _freeze_section(
   cls: type, tree: dict, path: str, errors: list[str]
-) -> Settings | None:
+) -> base.Settings | None:
   hints = typing.get_type_hints(cls)
   names = {field.name for field in dataclasses.fields(cls)}
   for name in sorted(set(tree) - names):
@@ -191,14 +171,14 @@ def _freeze_weights(
   return tuple(sorted(frozen))
 
 
-def to_config(settings: Settings) -> ml_collections.ConfigDict:
+def to_config(settings: base.Settings) -> ml_collections.ConfigDict:
   """The ConfigDict that `RunConfig.from_config` would freeze to `settings`."""
   tree = ml_collections.ConfigDict()
   for field in dataclasses.fields(settings):
     value = object.__getattribute__(settings, field.name)
     if value is None:
       continue
-    if isinstance(value, Settings):
+    if isinstance(value, base.Settings):
       value = to_config(value)
     elif field.name == 'skills':
       value = ml_collections.ConfigDict(dict(value))
@@ -206,14 +186,14 @@ def to_config(settings: Settings) -> ml_collections.ConfigDict:
   return tree
 
 
-def unread(settings: Settings) -> list[str]:
+def unread(settings: base.Settings) -> list[str]:
   """Paths of the leaves of `settings` that no code has read so far."""
   paths = []
   for field in dataclasses.fields(settings):
     value = object.__getattribute__(settings, field.name)
-    if isinstance(value, Settings):
+    if isinstance(value, base.Settings):
       paths += [f'{field.name}.{path}' for path in unread(value)]
     elif value is not None:
-      if (type(settings).__name__, field.name) not in Settings.READS:
+      if (type(settings).__name__, field.name) not in base.Settings.READS:
         paths.append(field.name)
   return paths

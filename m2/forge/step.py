@@ -141,6 +141,9 @@ def rl_step(
   norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  if 'mtp' in params:
+    # Nothing here trains them; weight decay alone must not wear them down.
+    params = {**params, 'mtp': state.params['mtp']}
   # The balancing rule moves the router bias; `optim.bias_rate` 0 holds it.
   params = train_step.balance(params, {'blocks': load_LE}, cfg, state.step)
   after = train_state.TrainState(state.step + 1, params, opt_state)
@@ -184,33 +187,7 @@ def gradients(
     lines that hold only padding), and the load float32[L, E].
   """
   size = cfg.forge.lines
-  lines, tokens = tree.tokens_BT.shape
-  # Line numbers are spread over devices: all-gather of a few B * T integers,
-  # so that every microbatch is again split over all of them.
-  whole = {name: _replicated(getattr(tree, name)) for name in LINES}
-  routes_LBTX = tree.experts_LBTX
-  if routes_LBTX is not None:
-    routes_LBTX = _replicated(routes_LBTX)
-
-  def part_of(at):
-    part = {
-      name: sharding.place(
-        jax.lax.dynamic_slice_in_dim(x_BT, at * size, size, 0), 'batch', None
-      )
-      for name, x_BT in whole.items()
-    }
-    routes = routes_LBTX
-    if routes is not None:
-      routes = jax.lax.dynamic_slice_in_dim(routes, at * size, size, 1)
-      routes = sharding.place(routes, None, 'batch', None, None)
-    edge_Z = tree.edge_Z - at * size * tokens
-    inside_Z = (edge_Z >= 0) & (edge_Z < size * tokens)
-    return tree.replace(
-      **part,
-      experts_LBTX=routes,
-      edge_Z=jnp.where(inside_Z, edge_Z, 0),
-      weight_Z=jnp.where(inside_Z, tree.weight_Z, 0.0),
-    )
+  tree = _replicated(tree)
 
   def scalar(params, part):
     params = optim.freeze(cfg.optim, params)
@@ -221,7 +198,7 @@ def gradients(
   def add(at, carry):
     total, logp_BT, entropy_BT, load_LE = carry
     fresh, (logp, entropy, load) = jax.grad(scalar, has_aux=True)(
-      params, part_of(at)
+      params, _part(tree, at * size, size)
     )
     put = jax.lax.dynamic_update_slice_in_dim
     return (
@@ -231,16 +208,45 @@ def gradients(
       load_LE + load,
     )
 
-  empty_BT = jnp.zeros((lines, tokens))
+  empty_BT = jnp.zeros(tree.tokens_BT.shape)
   start = (
     jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params),
     empty_BT,
     empty_BT,
     jnp.zeros((model.layers, model.experts)),
   )
-  used = (whole['until_BT'] > 0).any(1).sum()
+  used = (tree.until_BT > 0).any(1).sum()
   return jax.lax.fori_loop(0, -(-used // size), add, start)
 
 
-def _replicated(x: jax.Array) -> jax.Array:
-  return sharding.place(x, *(None,) * x.ndim)
+def _replicated(tree: tree_lib.TreeBatch) -> tree_lib.TreeBatch:
+  """The whole batch on every device.
+
+  All-gather of a few integers a token, so that every microbatch can again be
+  split over all devices.
+  """
+  return jax.tree.map(lambda x: sharding.place(x, *(None,) * x.ndim), tree)
+
+
+def _part(
+  tree: tree_lib.TreeBatch, first: jax.Array, size: int
+) -> tree_lib.TreeBatch:
+  """`size` lines from `first` on; pairs scored elsewhere get weight 0."""
+
+  def cut(x, axis, *axes):
+    part = jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+    return sharding.place(part, *axes)
+
+  lines = {name: cut(getattr(tree, name), 0, 'batch', None) for name in LINES}
+  routes = tree.experts_LBTX
+  if routes is not None:
+    routes = cut(routes, 1, None, 'batch', None, None)
+  tokens = tree.tokens_BT.shape[1]
+  edge_Z = tree.edge_Z - first * tokens
+  inside_Z = (edge_Z >= 0) & (edge_Z < size * tokens)
+  return tree.replace(
+    **lines,
+    experts_LBTX=routes,
+    edge_Z=jnp.where(inside_Z, edge_Z, 0),
+    weight_Z=jnp.where(inside_Z, tree.weight_Z, 0.0),
+  )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from m2.parallel import sharding
 from pallas_kernels import dispatch
-from pallas_kernels.gmm import xla
+from pallas_kernels.gmm import api
 
 STRATEGIES = ('gather',)
 
@@ -98,7 +98,9 @@ def swiglu(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl=None):
   Indices outside [0, E) belong to experts elsewhere and contribute nothing.
   """
   experts = wi_0_EDF.shape[0]
-  align = xla.block_rows(index_MX.size, experts)
+  align = api.alignment(
+    index_MX.size, experts, wi_0_EDF.shape[1:], x_MD.dtype, impl=impl
+  )
   rows = pallas_kernels.permute(x_MD, index_MX, experts, align=align)
 
   def product(x_PK, w_EKN):

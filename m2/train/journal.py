@@ -72,8 +72,8 @@ class Journal:
     """Gives the journal itself."""
     return self
 
-  def __exit__(self, kind, *_) -> None:
-    """Writes what is pending, unless an error is on its way, and closes."""
+  def __exit__(self, *_) -> None:
+    """Ends a trace that is going on and closes the files."""
     try:
       self._tracer.close()
     finally:

@@ -6,6 +6,7 @@ checkpoint or follows from the config and the number of the step.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from m2 import config as settings
 from m2.checkpoint import store
 from m2.data import pipeline, sources
 from m2.parallel import mesh as meshes
+from m2.parallel import sharding
 from m2.train import journal, optim, resume
 from m2.train import state as train_state
 from m2.train import step as train
@@ -44,12 +46,8 @@ def run(
     ValueError: settings that do not fit the data, the devices, or the run that
       `workdir` holds.
   """
-  if config.data.length > config.model.max_positions:
-    raise ValueError(
-      f'data.length={config.data.length} exceeds '
-      f'model.max_positions={config.model.max_positions}'
-    )
   mesh = meshes.make_mesh(config.mesh)
+  _check(config, mesh)
   data = resume.data_config(config)
   tokenizer = pipeline.tokenizer(data, source, config.model.vocab, workdir)
   batches = iter(
@@ -78,6 +76,22 @@ def run(
       return _train(
         config, mesh, optimizer, checkpoints, batches, note, state, log
       )
+
+
+def _check(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> None:
+  """Refuses a batch that the model or the devices cannot take."""
+  data, reach = config.data, config.model.max_positions
+  if data.length > reach:
+    raise ValueError(
+      f'data.length={data.length} exceeds model.max_positions={reach}'
+    )
+  axes, parts = sharding.RULES['batch'], config.optim.accumulate
+  shards = math.prod(mesh.shape[axis] for axis in axes)
+  if data.batch % (shards * parts):
+    raise ValueError(
+      f'data.batch={data.batch} is not a multiple of optim.accumulate={parts} '
+      f'times the {shards} shards of the mesh axes {", ".join(axes)}'
+    )
 
 
 def _train(config, mesh, optimizer, checkpoints, batches, note, state, log):

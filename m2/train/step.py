@@ -35,7 +35,7 @@ def train_step(
     batch: tokens, targets, positions, until int32 and weights float32; [B, T].
     model: model shape.
     optimizer: from `m2.train.optim.make`.
-    cfg: `optim`, `loss`, `log` and `steps` are read.
+    cfg: `optim`, `loss` and `steps` are read.
     inspect: also fill `metrics['introspection']`.
 
   Returns:

@@ -10,6 +10,30 @@ from pallas_kernels.gmm import mosaic_gpu, vjp, xla
 BACKENDS = {'mosaic_gpu': mosaic_gpu.BACKEND, 'xla': xla.BACKEND}
 
 
+def alignment(
+  rows: int,
+  groups: int,
+  widths: tuple[int, int],
+  dtype: jax.typing.DTypeLike,
+  *,
+  impl: dispatch.Impl | None = None,
+) -> int:
+  """The `align` that spares `grouped_matmul` a copy of its rows.
+
+  Args:
+    rows: rows of all groups together.
+    groups: number of groups.
+    widths: K and N of the product.
+    dtype: of rows, matrices and result.
+    impl: the backend that will be asked for; None is the best.
+  """
+  refusal = mosaic_gpu.refusal(jnp.dtype(dtype), widths, jnp.dtype(dtype))
+  backend = dispatch.pick(
+    'grouped_matmul', impl, BACKENDS, {'mosaic_gpu': refusal}
+  )
+  return backend.alignment(rows, groups, 1)
+
+
 def grouped_matmul(
   x_MK: Float[Array, 'M K'],
   w_GKN: Float[Array, 'G K N'],

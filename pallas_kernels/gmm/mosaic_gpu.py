@@ -153,6 +153,24 @@ def _lookup(operation: str, depth: int, columns: int) -> tile_tables.Tiles:
   return tile_tables.lookup(kind, operation, (depth, columns))
 
 
+def _copy_rows(x_ref, row, deep, extent, a_smem, full, slot, tiles):
+  """Fetches a tile of rows; its second half only if the tile reaches it."""
+
+  def copy(count):
+    plgpu.copy_gmem_to_smem(
+      x_ref.at[pl.ds(row, count), deep],
+      a_smem.at[slot, pl.ds(0, count)],
+      full.at[slot],
+      **pipeline.multicast(tiles),
+    )
+
+  lax.cond(
+    extent > pipeline.HALF,
+    lambda: copy(pipeline.ROWS),
+    lambda: copy(pipeline.HALF),
+  )
+
+
 def _product_body(
   group_ref,
   row_ref,
@@ -193,20 +211,7 @@ def _product_body(
       w_source = w_ref.at[group, *w_slice]
       plgpu.copy_gmem_to_smem(w_source, b_smem.at[slot], full.at[slot])
 
-      def copy_rows(count):
-        plgpu.copy_gmem_to_smem(
-          x_ref.at[pl.ds(row, count), deep],
-          a_smem.at[slot, pl.ds(0, count)],
-          full.at[slot],
-          **pipeline.multicast(tiles),
-        )
-
-      # The second half is not read where the tile ends within the first.
-      lax.cond(
-        extent > pipeline.HALF,
-        lambda: copy_rows(pipeline.ROWS),
-        lambda: copy_rows(pipeline.HALF),
-      )
+      _copy_rows(x_ref, row, deep, extent, a_smem, full, slot, tiles)
 
     return pipeline.fetch(copy, steps, ring, empty, tiles)
 
@@ -247,6 +252,19 @@ def _product_body(
   pipeline.run(fetch, multiply, row_tiles * column_tiles, empty, tiles)
 
 
+def _mask_tail(a_smem, b_smem, left, masked, tiles):
+  """Zeroes rows past the group's last: another group's, or nobody's."""
+
+  @pl.when(left < tiles.depth)
+  def _():
+    pipeline.mask_rows(a_smem, left)
+    pipeline.mask_rows(b_smem, left)
+    plgpu.commit_smem()
+    # Both warpgroups read all of b, of which each has masked its share.
+    plgpu.barrier_arrive(masked)
+    plgpu.barrier_wait(masked)
+
+
 def _gradient_body(
   start_ref,
   size_ref,
@@ -271,12 +289,8 @@ def _gradient_body(
     inner = lax.rem(item, row_tiles * column_tiles)
     tile, column = pipeline.raster(inner, row_tiles, column_tiles, tiles.band)
     steps = lax.div(size_ref[group] + tiles.depth - 1, tiles.depth)
-    return (
-      group,
-      tile * pipeline.ROWS,
-      pipeline.first_column(column, tiles),
-      steps,
-    )
+    first = pipeline.first_column(column, tiles)
+    return group, tile * pipeline.ROWS, first, steps
 
   def fetch(item, ring):
     group, tile, column, steps = locate(item)
@@ -307,19 +321,8 @@ def _gradient_body(
 
     def step(acc, slot, index):
       left = size - index * tiles.depth
-
-      # Rows past the group's last are another group's, or nobody's.
-      @pl.when(left < tiles.depth)
-      def _():
-        pipeline.mask_rows(a_smem.at[slot, :, mine], left)
-        pipeline.mask_rows(
-          b_smem.at[slot, :, pl.ds(warpgroup * share, share)], left
-        )
-        plgpu.commit_smem()
-        # Both warpgroups read all of b, of which each has masked its share.
-        plgpu.barrier_arrive(masked)
-        plgpu.barrier_wait(masked)
-
+      ours = b_smem.at[slot, :, pl.ds(warpgroup * share, share)]
+      _mask_tail(a_smem.at[slot, :, mine], ours, left, masked, tiles)
       x_smem = a_smem.at[slot, :, mine].transpose((1, 0))
       plgpu.wgmma(acc, x_smem, b_smem.at[slot])
 

@@ -94,9 +94,41 @@ def step_time(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
+  """The experts' first product, evenly routed."""
+
+  def shown(row: dict[str, Any]) -> bool:
+    return row['operation'] == 'product' and row['routing'] == 'uniform'
+
+  rows = [
+    [
+      str(row['experts']),
+      f'{row["tokens"]:,}',
+      *(
+        f'{1e3 * row["seconds"][name]["median"]:.2f}'
+        if name in row['seconds']
+        else ''
+        for name in ('mosaic_gpu', 'torch.grouped_mm', 'xla')
+      ),
+      f'{row["ratio_to_floor"]:.2f}',
+      result['device'],
+      f'`{result["commit"][:9]}`',
+    ]
+    for result in results
+    for row in result['rows']
+    if 'seconds' in row and shown(row)
+  ]
+  head = (
+    'experts', 'tokens', 'Pallas ms', 'torch ms', 'XLA ms', 'over floor',
+    'device', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'quickstart': quickstart,
   'step_time': step_time,
+  'grouped_matmul': grouped_matmul,
 }
 
 

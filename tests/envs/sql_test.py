@@ -118,6 +118,17 @@ class GuardTest(parameterized.TestCase):
     'SELECT \x00',
     'SELECT ' + '(' * 5000,
     ';' * 200_000,
+    'SELECT random()',
+    "SELECT date('now')",
+    'SELECT current_timestamp',
+    # Few instructions, each of them long: only the clock ends it.
+    "SELECT sum(instr(printf('%.3900c', '0'), printf('%.1900c', '0') || a.i)) "
+    'FROM (SELECT 1 AS i UNION ALL SELECT 2 UNION ALL SELECT 3) AS a, '
+    + ', '.join(
+      f'(SELECT 1 AS i UNION ALL SELECT 2 UNION ALL SELECT 3) AS b{n}'
+      for n in range(12)
+    ),
+    'SELECT count(*) FROM sqlite_master AS a' + ';SELECT 1' * 900,
   )
   def test_refused_and_nothing_stays(self, script):
     db = sql_database.Database(
@@ -136,7 +147,7 @@ class GuardTest(parameterized.TestCase):
 
   def test_growth_is_bounded(self):
     db = sql_database.Database(sql_database.build(['CREATE TABLE t(a)'], {}))
-    db.run('INSERT INTO t VALUES(hex(zeroblob(40000)))')
+    db.run("INSERT INTO t VALUES(printf('%.3000c', 'x'))")
     with self.assertRaises(sql_database.ScriptError):
       for _ in range(20):
         db.run('INSERT INTO t SELECT a FROM t')
@@ -158,6 +169,78 @@ class GuardTest(parameterized.TestCase):
     self.assertEqual(good, 'ok')
     self.assertLen(workspace.scripts, 2)
     self.assertTrue(sql.verify(task, workspace.scripts).passed)
+
+
+class AnswerTest(absltest.TestCase):
+  """Wrong answers that look right, or that sqlite cannot read back."""
+
+  def check_wrong(self, task, *scripts, error):
+    verdict = sql.verify(task, [sql.script_of(task), *scripts])
+    self.assertEqual(verdict.outcome, types.Outcome.SCORE)
+    self.assertFalse(verdict.passed)
+    self.assertEqual(verdict.error_class, error)
+
+  def test_what_cannot_be_read_back_is_a_zero_not_a_failed_machine(self):
+    task = sql.generate('add_col', 0, 'dev', 'h0')
+    name, column = _words(task.data['gold'][0], 2, 5)
+    set_it = f"UPDATE {name} SET {column}=CAST(x'ff' AS TEXT)"
+    self.check_wrong(task, set_it, error='broken_database')
+    task = sql.generate('split_table', 0, 'dev', 'h0')
+    (child,) = task.data['keyless']
+    script = f'CREATE TABLE {child}(id INTEGER PRIMARY KEY)'
+    verdict = sql.verify(task, [script])
+    self.assertEqual(verdict.outcome, types.Outcome.SCORE)
+    self.assertEqual(verdict.error_class, 'wrong_columns')
+    task = sql.generate('add_fk_rebuild', 0, 'dev', 'h0')
+    parent = task.data['tables'][1]
+    script = sql.script_of(task).replace(
+      f'{parent["name"]}(id)', f'{parent["name"]}({parent["columns"][0][0]})'
+    )
+    verdict = sql.verify(task, [script])
+    self.assertEqual(verdict.outcome, types.Outcome.SCORE)
+    self.assertEqual(verdict.error_class, 'broken_database')
+
+  def test_declarations_nobody_asked_for(self):
+    task = sql.generate('add_col', 0, 'dev', 'h0')
+    name, column, kind = _words(task.data['gold'][0], 2, 5, 6)
+    add = f'ALTER TABLE {name} ADD COLUMN {column} {kind}'
+    drop = f'ALTER TABLE {name} DROP COLUMN {column}'
+    for script, error in (
+      (f'{drop};{add} COLLATE NOCASE', 'wrong_extras'),
+      (f'ALTER TABLE {name} ADD COLUMN spare AS (id*2)', 'wrong_columns'),
+      ('CREATE TABLE sqlitespare(a)', 'extra_table'),
+    ):
+      self.check_wrong(task, script, error=error)
+    said = f"{drop};{add} /* no COLLATE, no 'CHECK' */"
+    self.assertTrue(sql.verify(task, [sql.script_of(task), said]).passed)
+    task = sql.generate('add_fk_rebuild', 0, 'dev', 'h0')
+    script = sql.script_of(task).replace('(id))', '(id) ON DELETE CASCADE)')
+    script = script.replace('(id),', '(id) ON DELETE CASCADE,')
+    self.assertEqual(sql.verify(task, [script]).error_class, 'wrong_links')
+
+  def test_distractors_stay_to_the_letter(self):
+    task = sql.generate('add_col', 2, 'dev', 'h0')
+    index = task.data['schema'][-1]
+    name = index.split()[2]
+    again = index.replace(f'INDEX {name}', 'INDEX mine')
+    self.check_wrong(task, f'DROP INDEX {name};{again}', error='wrong_exact')
+
+  def test_duplicates_are_always_there_to_delete(self):
+    for seed in range(200):
+      task = sql.generate('unique_dedup', seed % 3, 'dev', f'u{seed}')
+      self.assertFalse(sql.verify(task, task.data['gold'][1:]).passed)
+
+  def test_canonical_form_knows_no_names_values_or_phrases(self):
+    forms: dict[str, set[str]] = {}
+    for seed in range(400):
+      task = sql.generate('add_col_default_notnull', 0, 'dev', f'c{seed}')
+      kinds = [kind for _, kind in task.data['tables'][0]['columns']]
+      key = f'{kinds} {task.data["gold"][0].split()[6]}'
+      forms.setdefault(key, set()).add(sql.canonical_form(task))
+    self.assertGreater(len(forms), 50)
+    self.assertEqual({len(same) for same in forms.values()}, {1})
+    every = [form for same in forms.values() for form in same]
+    self.assertLen(set(every), len(every))
 
 
 class SplitTest(absltest.TestCase):

@@ -44,7 +44,7 @@ def settings(start: str, **changes) -> config.RunConfig:
   forge |= changes.pop('forge', {})
   checkpoint = {'init_from': start} | changes.pop('checkpoint', {})
   agent = {'max_turns': 2, 'max_new': 4} | changes.pop('agent', {})
-  lr = changes.pop('lr', 1e-2)
+  lr = changes.pop('lr', 3e-2)
   introspect = changes.pop('introspect', 0)
   return config.RunConfig(
     mode='rl',
@@ -63,7 +63,7 @@ def settings(start: str, **changes) -> config.RunConfig:
     agent=config.AgentConfig(**agent),
     engine=config.EngineConfig(slots=8, length=64, chunk=4),
     forge=config.ForgeConfig(**forge),
-    **{'steps': 16, 'seed': 1} | changes,
+    **{'steps': 12, 'seed': 1} | changes,
   )
 
 
@@ -151,11 +151,11 @@ class LoopTest(parameterized.TestCase):
 
   def test_reward_rises_on_policy(self):
     state, rows = self.run_loop(settings(str(self.start), introspect=1))
-    self.assertEqual(int(state.step), 16)
-    self.assertLen(rows, 16)
+    self.assertEqual(int(state.step), 12)
+    self.assertLen(rows, 12)
     first = sum(row['reward/mean'] for row in rows[:3]) / 3
     last = sum(row['reward/mean'] for row in rows[-3:]) / 3
-    self.assertGreater(last, first + 0.2)
+    self.assertGreater(last, first + 0.5)
     for row in rows:
       self.assertLess(row['mismatch/max'], MISMATCH)
       self.assertEqual(row['mismatch/fresh'], 1)
@@ -166,11 +166,11 @@ class LoopTest(parameterized.TestCase):
     records = (self.root / 'rl' / 'introspection.jsonl').read_text()
     self.assertEqual(
       [json.loads(line)['step'] for line in records.splitlines()],
-      list(range(1, 17)),
+      list(range(1, 13)),
     )
     # The next stage finds tokenizer and weights here.
     again = loop.run(settings(str(self.start)), self.root / 'rl', None)
-    self.assertEqual(int(again.step), 16)
+    self.assertEqual(int(again.step), 12)
     self.assertTrue((self.root / 'rl' / 'tokenizer.json').exists())
 
   def test_asynchronous_failing_killed_and_resumed(self):

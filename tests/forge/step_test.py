@@ -46,6 +46,18 @@ class StepTest(parameterized.TestCase):
       jax.random.key(1), bias_LE.shape
     )
     cls.cfg = forest.run_config()
+    optimizer = optim.make(cls.cfg.optim, cls.cfg.steps)
+    cls.state = train_state.wrap(cls.params, optimizer)
+    cls.update = staticmethod(
+      jax.jit(
+        functools.partial(
+          step_lib.rl_step,
+          model=forest.MODEL,
+          optimizer=optimizer,
+          cfg=cls.cfg,
+        )
+      )
+    )
     cls.grad = staticmethod(
       jax.jit(
         jax.value_and_grad(
@@ -142,21 +154,12 @@ class StepTest(parameterized.TestCase):
     self.assertLess(used, 10)
     self.assertFalse(np.asarray(logp_BT[used + used % 2 :]).any())
 
-  def step(self):
-    """A state and the compiled update."""
-    optimizer = optim.make(self.cfg.optim, self.cfg.steps)
-    run = functools.partial(
-      step_lib.rl_step, model=forest.MODEL, optimizer=optimizer, cfg=self.cfg
-    )
-    return train_state.wrap(self.params, optimizer), jax.jit(run)
-
   def test_one_update(self):
     rows = [
       dataclasses.replace(row, version=4 + (at % 2))
       for at, row in enumerate(forest.rollouts(1))
     ]
-    state, run = self.step()
-    state = state.replace(step=jnp.int32(5))
+    state, run = self.state.replace(step=jnp.int32(5)), self.update
     batch = tree.merge_prefixes(
       rows, tokens=TOKENS, lines=LINES, samples=SAMPLES
     )
@@ -193,7 +196,7 @@ class StepTest(parameterized.TestCase):
     return float((weight_Z * logp_BT.reshape(-1)[batch.edge_Z]).sum())
 
   def test_bad_numbers_change_nothing(self):
-    state, run = self.step()
+    state, run = self.state, self.update
     head = self.params['head'] * jnp.nan
     state = state.replace(params=state.params | {'head': head})
     batch = tree.merge_prefixes(

@@ -236,15 +236,15 @@ class CaptureTest(parameterized.TestCase):
   def test_with_the_engine(self):
     cfg = config.ModelConfig(
       vocab=TOKENIZER.size, d_model=16, layers=1, heads=2, kv_heads=1,
-      head_dim=8, rotary_dim=4, max_positions=256, experts=4, d_expert=8,
+      head_dim=8, rotary_dim=4, max_positions=64, experts=4, d_expert=8,
       top_k=2, min_k=2, dtype='float32',
     )  # fmt: skip
     params = model_params.init(cfg, jax.random.key(0))
-    engine = engine_lib.Engine(cfg, config.EngineConfig(4, 256, 8), params)
+    engine = engine_lib.Engine(cfg, config.EngineConfig(8, 64, 8), params)
     gateway = capture.Gateway(engine, TOKENIZER, pool := Pool(), experts=True)
 
     async def agent(episode):
-      messages = [user(episode)]
+      messages = [types.Message('system', 'ok'), user(episode)]
       for turn in range(2):
         message, stop = await gateway.chat(
           episode, messages, None, types.Sampling(max_new=10, seed=turn)

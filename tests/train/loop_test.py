@@ -107,6 +107,12 @@ class LoopTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'data.length=65 exceeds'):
       run_loop(self.workdir(), 'data.length=65')
 
+  def test_a_batch_that_does_not_divide_is_refused(self):
+    with self.assertRaisesRegex(
+      ValueError, 'data.batch=8 .* optim.accumulate=2 times the 8 shards'
+    ):
+      run_loop(self.workdir(), 'optim.accumulate=2')
+
 
 class KillTest(parameterized.TestCase):
   """`kill -9` of real processes; the restarted run must not show it."""

@@ -10,6 +10,8 @@ and compares everything with what the gold script does there.
 import functools
 import hashlib
 import random
+import re
+import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,8 @@ from m2.envs.families import sql_database, sql_schema, sql_skills
 NAME = 'sql'
 SKILLS = sql_skills.SKILLS
 HELD_OUT = sql_skills.HELD_OUT
+NAMES = frozenset((*sql_schema.TABLES, *sql_schema.COLUMNS))
+SHOWN = 400  # characters of an answer
 HIDDEN = 2  # instantiations that an artifact is judged on
 # Shares of the signatures, in this order.
 SPLITS = (('train', 0.70), ('dev', 0.10), ('gate', 0.10), ('test', 0.10))
@@ -90,18 +94,25 @@ def split_of(signature: str) -> str:
 
 
 def canonical_form(task: types.Task) -> str:
-  """The task with names numbered in order of appearance: for duplicates."""
-  names: dict[str, str] = {}
-  text = task.prompt + '\n' + '\n'.join(task.data['gold'])
-  known = {*sql_schema.TABLES, *sql_schema.COLUMNS}
-  words = []
-  for word in text.replace('_', ' _ ').split():
-    bare = word.strip('(),;=*')
-    if bare in known:
-      names.setdefault(bare, f'n{len(names)}')
-      word = word.replace(bare, names[bare])
-    words.append(word)
-  return ' '.join(words)
+  """Schema and gold script with names numbered and literals bucketed.
+
+  Tasks that differ only in names, values or phrasing share it.
+  """
+  numbers: dict[str, str] = {}
+
+  def bucket(found: re.Match[str]) -> str:
+    text = found.group()
+    if not text[0].isalpha():
+      return 'L'
+    if text not in NAMES:
+      return text
+    return numbers.setdefault(text, f'n{len(numbers)}')
+
+  text = ';'.join((*task.data['schema'], *task.data['gold']))
+  # Words of letters alone: user_id and post_title are two names each.
+  return f'{task.skill}:' + re.sub(
+    r"'[^']*'|[0-9]+(?:\.[0-9]+)?|[A-Za-z]+", bucket, text
+  )
 
 
 def image(task: types.Task, place: str) -> bytes:
@@ -137,7 +148,7 @@ class Workspace:
       rows = self._db.run(command)
     except sql_database.ScriptError as error:
       self.timeouts += error.timeout
-      return f'error: {error}'
+      return f'error: {error}'[:SHOWN]
     self.scripts.append(command)
     return _say(rows)
 
@@ -167,6 +178,8 @@ def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
           types.Outcome.TIMEOUT, False, 0.0, 'limit', str(error)
         )
       return types.Verdict(score, False, 0.0, 'hidden_error', str(error))
+    except sqlite3.Error as error:  # the agent's doing, not the machine's
+      return types.Verdict(score, False, 0.0, 'broken_database', str(error))
     finally:
       db.close()
     difference = _difference(want, got)
@@ -184,11 +197,14 @@ def _difference(
       return 'missing_table', f'table {name} is missing'
     if name not in want:
       return 'extra_table', f'table {name} should not be there'
-    if want[name] == got[name]:
-      continue
     if not isinstance(want[name], dict):
-      return 'broken_database', f'{name}: {got[name]}'
-    part = next(p for p in want[name] if want[name][p] != got[name][p])
+      if want[name] != got[name]:
+        return 'broken_database', f'{name}: {got[name]}'
+      continue
+    parts = (p for p in want[name] if want[name][p] != got[name][p])
+    part = next(parts, None)
+    if part is None:
+      continue
     return (
       f'wrong_{part}',
       f'{name}.{part}: {got[name][part]} instead of {want[name][part]}'[:300],
@@ -198,15 +214,25 @@ def _difference(
 
 @functools.lru_cache(8192)
 def _judge(key: '_Key') -> tuple[bytes, Mapping[str, Any]]:
-  """A hidden database before, and its state after, the gold script."""
+  """A hidden database before, and its state after, the gold script.
+
+  Tables that the gold script leaves alone keep `exact`: whoever touches them,
+  in rows, declaration or index names, has done something nobody asked for.
+  """
   task = key.task
   start = image(task, f'hidden {key.place}')
   db = sql_database.Database(start)
   try:
+    keyless = tuple(task.data['keyless'])
+    before = db.state(keyless)
     db.run(script_of(task))
-    return start, db.state(tuple(task.data['keyless']))
+    want = db.state(keyless)
   finally:
     db.close()
+  for name, table in want.items():
+    if isinstance(table, dict) and table != before.get(name):
+      del table['exact']
+  return start, want
 
 
 class _Key:
@@ -305,7 +331,7 @@ def answer(task: types.Task, script: str) -> str:
   try:
     return _say(db.run(script))
   except sql_database.ScriptError as error:
-    return f'error: {error}'
+    return f'error: {error}'[:SHOWN]
   finally:
     db.close()
 
@@ -313,4 +339,5 @@ def answer(task: types.Task, script: str) -> str:
 def _say(rows: list[tuple[Any, ...]]) -> str:
   if not rows:
     return 'ok'
-  return '\n'.join(' '.join(str(value)[:40] for value in row) for row in rows)
+  text = '\n'.join(' '.join(str(value)[:40] for value in row) for row in rows)
+  return text[:SHOWN]

@@ -8,11 +8,16 @@ bugs of sqlite itself.
 
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from typing import Any
 
 STEPS = 100_000  # virtual-machine instructions of one script
-LENGTH = 100_000  # bytes of a value, and characters of a script
+LOOK = 1000  # instructions between two looks at the budget
+SECONDS = 2.0  # of one script: one instruction may be a slow function
+SCRIPT = 8000  # characters
+# Bytes of a value: a function of two values may take their product in time.
+VALUE = 4000
 PAGES = 200  # of 4 KiB
 SHOWN = 5  # rows of a query that the agent sees
 
@@ -28,8 +33,30 @@ ALLOWED = {
   sqlite3.SQLITE_DROP_INDEX,
   sqlite3.SQLITE_ALTER_TABLE,
   sqlite3.SQLITE_REINDEX,
-  sqlite3.SQLITE_FUNCTION,
 }
+# No clock and no chance: an artifact has one verdict. Those that begin with
+# sqlite_ are ALTER TABLE's own.
+FUNCTIONS = frozenset(
+  'abs avg char coalesce concat concat_ws count dense_rank first_value format '
+  'glob group_concat hex ifnull iif instr lag last_value lead length like '
+  'lower ltrim max min nullif printf quote rank replace round row_number rtrim '
+  'sign string_agg substr substring sum total trim typeof unicode upper '
+  'sqlite_drop_column sqlite_rename_column sqlite_rename_quotefix '
+  'sqlite_rename_table sqlite_rename_test'.split()
+)
+# What a declaration can add that the pragmas below do not report.
+ADDED = re.compile(
+  r'\b(CHECK|COLLATE|CONFLICT|DEFERRABLE|AUTOINCREMENT|WITHOUT|STRICT)\b', re.I
+)
+QUOTED = re.compile(
+  r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^\]]*\]"""
+  r'|--[^\n]*|/\*.*?\*/',
+  re.DOTALL,
+)
+OBJECTS = (
+  'SELECT type, name, tbl_name, sql FROM sqlite_master '
+  "WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"
+)
 # Each script is one transaction of ours; its own brackets change nothing.
 COMMENT = re.compile(r'^(\s*(--[^\n]*(\n|$)|/\*.*?\*/))+', re.DOTALL)
 BRACKETS = ('BEGIN', 'COMMIT', 'END')
@@ -50,13 +77,16 @@ class Database:
   def __init__(self, image: bytes):
     """Opens a database serialised by `build`."""
     self._own = True  # statements of ours pass the authoriser
+    self._left, self._deadline = STEPS, 0.0
     self._db = sqlite3.connect(':memory:', isolation_level=None)
     self._db.deserialize(image)
     self._db.execute(f'PRAGMA max_page_count={PAGES}')
-    self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LENGTH)
+    self._db.execute('PRAGMA temp_store=MEMORY')  # sorters stay off the disk
+    self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE)
+    self._db.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 2 * SCRIPT)
     self._db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
     self._db.set_authorizer(self._authorise)
-    self._db.set_progress_handler(self._interrupt, STEPS)
+    self._db.set_progress_handler(self._interrupt, LOOK)
 
   def close(self) -> None:
     """Forgets the database."""
@@ -68,8 +98,9 @@ class Database:
     Raises:
       ScriptError: with sqlite's own words; nothing of the script stays.
     """
-    if len(script) > LENGTH:
+    if len(script) > SCRIPT:
       raise ScriptError(f'script of {len(script)} characters is too long')
+    self._left, self._deadline = STEPS, time.monotonic() + SECONDS
     rows: list[tuple[Any, ...]] = []
     self._db.execute('BEGIN')
     try:
@@ -92,37 +123,58 @@ class Database:
 
     Columns are compared by name, not by place; indices by table, columns and
     uniqueness, not by name. Tables in `keyless` leave out their `id` values.
+    `exact` is the table to the letter, for those that must not change.
+
+    Raises:
+      sqlite3.Error: a script left what sqlite itself cannot read back.
     """
-    objects = self._db.execute(
-      "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"
-    ).fetchall()
-    tables = sorted(name for kind, name in objects if kind == 'table')
-    state = {name: self._table(name, name in keyless) for name in tables}
-    state['other objects'] = sorted(
-      kind for kind, _ in objects if kind not in ('table', 'index')
-    )
-    state['integrity'] = (
-      self._db.execute('PRAGMA integrity_check').fetchall(),
-      self._db.execute('PRAGMA foreign_key_check').fetchall(),
-    )
+    self._db.set_authorizer(None)
+    try:
+      objects = self._db.execute(OBJECTS).fetchall()
+      state = {
+        name: self._table(name, name in keyless, objects)
+        for kind, name, _, _ in objects
+        if kind == 'table'
+      }
+      state['other objects'] = sorted(
+        kind for kind, *_ in objects if kind not in ('table', 'index')
+      )
+      state['integrity'] = (
+        self._db.execute('PRAGMA integrity_check').fetchall(),
+        self._db.execute('PRAGMA foreign_key_check').fetchall(),
+      )
+    finally:
+      self._db.set_authorizer(self._authorise)
     return state
 
-  def _table(self, name: str, keyless: bool) -> dict[str, Any]:
-    quoted = '"' + name.replace('"', '""') + '"'
-    info = self._db.execute(f'PRAGMA table_info({quoted})').fetchall()
+  def _table(
+    self, name: str, keyless: bool, objects: list[tuple]
+  ) -> dict[str, Any]:
+    quoted = _quote(name)
+    info = self._db.execute(f'PRAGMA table_xinfo({quoted})').fetchall()
     columns = sorted(
-      (column, kind.upper(), notnull, default, key)
-      for _, column, kind, notnull, default, key in info
+      (column, kind.upper(), notnull, default, key, hidden)
+      for _, column, kind, notnull, default, key, hidden in info
     )
     links = self._db.execute(f'PRAGMA foreign_key_list({quoted})').fetchall()
-    shown = [c[0] for c in columns if not (keyless and c[0] == 'id')]
-    listed = ','.join('"' + c.replace('"', '""') + '"' for c in shown)
-    rows = self._db.execute(f'SELECT {listed} FROM {quoted}').fetchall()
+    places = [
+      place
+      for place, row in sorted(enumerate(info), key=lambda item: item[1][1])
+      if not (keyless and row[1] == 'id')
+    ]
+    rows = self._db.execute(f'SELECT * FROM {quoted} NOT INDEXED').fetchall()
+    texts = [sql for _, _, table, sql in objects if table == name and sql]
     return {
       'columns': columns,
       'indices': sorted(self._indices(quoted)),
-      'links': sorted((link[2], link[3], link[4] or 'id') for link in links),
-      'rows': sorted(map(repr, rows)),
+      'links': sorted((ln[2], ln[3], ln[4] or 'id', *ln[5:]) for ln in links),
+      'extras': sorted(
+        word.upper()
+        for text in texts
+        for word in ADDED.findall(QUOTED.sub(' ', text))
+      ),
+      'rows': sorted(repr([row[place] for place in places]) for row in rows),
+      'exact': (texts, rows),
     }
 
   def _indices(self, quoted: str) -> Iterator[tuple[Any, ...]]:
@@ -130,17 +182,30 @@ class Database:
     for _, name, unique, origin, partial in listed:
       if origin == 'pk':
         continue
-      inner = '"' + name.replace('"', '""') + '"'
-      columns = self._db.execute(f'PRAGMA index_info({inner})').fetchall()
-      yield tuple(str(c[2]) for c in columns), unique, partial
+      parts = self._db.execute(f'PRAGMA index_xinfo({_quote(name)})').fetchall()
+      # (column, descending, collation) of the keys; the rest is the row's id.
+      yield (
+        tuple((str(p[2]), p[3], p[4]) for p in parts if p[5]),
+        unique,
+        partial,
+      )
 
-  def _authorise(self, action: int, *_: Any) -> int:
+  def _authorise(self, action: int, _: Any, name: str | None, *__: Any) -> int:
     if self._own or action in ALLOWED:
+      return sqlite3.SQLITE_OK
+    if action == sqlite3.SQLITE_FUNCTION and name.lower() in FUNCTIONS:
       return sqlite3.SQLITE_OK
     return sqlite3.SQLITE_DENY
 
   def _interrupt(self) -> bool:
-    return not self._own
+    if self._own:
+      return False
+    self._left -= LOOK
+    return self._left <= 0 or time.monotonic() > self._deadline
+
+
+def _quote(name: str) -> str:
+  return '"' + name.replace('"', '""') + '"'
 
 
 def split(script: str) -> Iterator[str]:

@@ -131,7 +131,10 @@ def draw(rng: random.Random, difficulty: int) -> Schema:
 def rows(
   tables: list[dict[str, Any]], seed: str
 ) -> dict[str, list[tuple[Any, ...]]]:
-  """Rows for every table: few values each, so that duplicates occur.
+  """Rows for every table; the last repeats the first but for its key.
+
+  So every column holds a duplicate: a unique index without the deletion that
+  must come before it fails on every instantiation.
 
   Args:
     tables: `{'name': ..., 'columns': [[name, type], ...]}`; a column
@@ -144,8 +147,10 @@ def rows(
   for table in tables:
     filled[table['name']] = [
       (key, *(_value(rng, *column, counts) for column in table['columns']))
-      for key in range(1, counts[table['name']] + 1)
+      for key in range(1, counts[table['name']])
     ]
+    first = filled[table['name']][0]
+    filled[table['name']].append((counts[table['name']], *first[1:]))
   return filled
 
 
