@@ -230,6 +230,54 @@ class EngineTest(parameterized.TestCase):
     self.assertTrue(gone.cancelled() and queued.cancelled())
     self.assertFalse(engine.busy)
 
+  @parameterized.parameters(range(3))
+  def test_any_schedule_ends_well(self, seed):
+    """Arrivals, turns, cancellations and new weights, in random order."""
+    draw = np.random.default_rng(seed)
+    engine, even = make()
+    odd = model_params.init(CFG, jax.random.key(1))
+    asked, cancelled = [], []
+    for _ in range(120):
+      action = draw.random()
+      if action < 0.35:
+        prompt = draw.integers(0, CFG.vocab, draw.integers(1, 70))
+        done = [f for _, f in asked if f.done() and not f.cancelled()]
+        if done and action < 0.15:  # the next turn of an earlier request
+          before = done[draw.integers(len(done))]
+          first = next(p for p, f in asked if f is before)
+          prompt = np.concatenate([first, before.result().ids, prompt[:5]])
+        wanted = request(
+          prompt, seed=int(draw.integers(99)), max_new=int(draw.integers(1, 30))
+        )
+        asked.append((prompt, engine.submit(wanted)))
+      elif action < 0.42 and asked:
+        future = asked[draw.integers(len(asked))][1]
+        engine.cancel(future) if draw.random() < 0.5 else future.cancel()
+        cancelled.append(future)
+      elif action < 0.47:
+        version = engine.version + 1
+        engine.load(odd if version % 2 else even, version)
+      else:
+        engine.step()
+    engine.run([])
+    self.assertCountEqual(engine._idle, range(8))
+    checked = 0
+    for prompt, future in asked:
+      self.assertTrue(future.done())
+      if future.cancelled() or not len(future.result().ids):
+        continue
+      result = future.result()
+      if result.stop == types.StopReason.CANCELLED:
+        self.assertIn(future, cancelled)
+      for rest, params in ((0, even), (1, odd)):
+        own = result.versions % 2 == rest
+        want, _ = trainer_logprobs(params, prompt, result.ids)
+        np.testing.assert_allclose(
+          result.logprobs[own], want[own], atol=LOGPROB
+        )
+        checked += own.sum()
+    self.assertGreater(checked, 200)
+
   @parameterized.parameters(
     ([], {}, 'at least one'),
     ([[1]], {}, 'one row'),
