@@ -20,7 +20,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from m2 import config as settings
 from m2 import types
@@ -150,14 +149,25 @@ def check(config: settings.RunConfig) -> None:
 
 def _train(config, optimizer, batches, state, engine, rollouts, journal, save):
   """The loop itself: batch, update, sync, checkpoint."""
-  plain, inspecting = compiled(config, optimizer)
+  update = jax.jit(
+    functools.partial(
+      step.rl_step, model=config.model, optimizer=optimizer, cfg=config
+    ),
+    donate_argnums=0,
+  )
   for done in range(int(state.step) + 1, config.steps + 1):
     times = [time.monotonic()]
     batch = next(batches)
     times.append(time.monotonic())
-    update = inspecting if train_loop.inspects(config, done - 1) else plain
-    state, values = update(state, jax.tree.map(jnp.asarray, batch.tree))
+    inspects = train_loop.inspects(config, done - 1)
+    state, values = update(
+      state,
+      jax.tree.map(jnp.asarray, batch.tree),
+      inspect=jnp.asarray(inspects) if config.log.introspect else None,
+    )
     values = jax.device_get(values)
+    if not inspects:
+      values.pop('introspection', None)
     times.append(time.monotonic())
     if values['bad']:
       raise train_journal.TrainingError(
@@ -174,16 +184,3 @@ def _train(config, optimizer, batches, state, engine, rollouts, journal, save):
     if done % config.checkpoint.every == 0 or done == config.steps:
       save(state, batches, step=done)
   return state
-
-
-def compiled(
-  config: settings.RunConfig, optimizer: optax.GradientTransformation
-) -> tuple[Callable, Callable]:
-  """The update, jitted without and with introspection; the state is donated."""
-  update = functools.partial(
-    step.rl_step, model=config.model, optimizer=optimizer, cfg=config
-  )
-  return tuple(
-    jax.jit(functools.partial(update, inspect=inspect), donate_argnums=0)
-    for inspect in (False, True)
-  )

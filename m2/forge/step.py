@@ -113,7 +113,7 @@ def rl_step(
   model: config.ModelConfig,
   optimizer: optax.GradientTransformation,
   cfg: config.RunConfig,
-  inspect: bool = False,
+  inspect: jax.Array | None = None,
 ) -> tuple[train_state.TrainState, dict[str, Any]]:
   """Updates `state` on one batch.
 
@@ -126,11 +126,13 @@ def rl_step(
     model: model shape.
     optimizer: from `m2.train.optim.make`.
     cfg: `forge`, `optim` and `steps` are read.
-    inspect: also fill `metrics['introspection']`.
+    inspect: bool scalar: whether to look inside this time, at run time, so
+      that one program does both; None never looks.
 
   Returns:
     The new state, and float32 scalars: `loss`, `entropy`, `grad_norm`, `lr`,
     `bad`, `load_max`, and those of `cispo.statistics` and `cispo.mismatch`.
+    Unless `inspect` is None also `introspection`; zeros if it is false.
   """
   grads, logp_BT, entropy_BT, load_LE = gradients(
     state.params, tree, model=model, cfg=cfg
@@ -160,17 +162,30 @@ def rl_step(
     'bad': 1.0 - sound,
     'load_max': (load_LE.max(-1) / mean_L).mean(),
   }
-  if inspect:
-    lines = ('tokens', 'positions', 'until')
-    metrics['introspection'] = introspect.record(
-      state.params,
-      after.params,
-      grads,
-      {name: getattr(tree, f'{name}_BT') for name in lines},
-      {'blocks': load_LE},
-      model=model,
+  if inspect is not None:
+    metrics['introspection'] = _look_inside(
+      inspect, state.params, after.params, grads, tree, load_LE, model
     )
   return after, metrics
+
+
+def _look_inside(wanted, before, after, grads, tree, load_LE, model):
+  """The introspection record if `wanted`, else zeros of its shape."""
+  names = ('tokens', 'positions', 'until')
+  lines = {name: getattr(tree, f'{name}_BT') for name in names}
+
+  def record():
+    found = introspect.record(
+      before, after, grads, lines, {'blocks': load_LE}, model=model
+    )
+    return _replicated(found)
+
+  def nothing():
+    return jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(record)
+    )
+
+  return jax.lax.cond(wanted, record, nothing)
 
 
 def gradients(
@@ -187,6 +202,8 @@ def gradients(
     lines that hold only padding), and the load float32[L, E].
   """
   size = cfg.forge.lines
+  # All-gather of a few integers a token, so that every microbatch can again be
+  # split over all devices.
   tree = _replicated(tree)
 
   def scalar(params, part):
@@ -219,13 +236,9 @@ def gradients(
   return jax.lax.fori_loop(0, -(-used // size), add, start)
 
 
-def _replicated(tree: tree_lib.TreeBatch) -> tree_lib.TreeBatch:
-  """The whole batch on every device.
-
-  All-gather of a few integers a token, so that every microbatch can again be
-  split over all devices.
-  """
-  return jax.tree.map(lambda x: sharding.place(x, *(None,) * x.ndim), tree)
+def _replicated(values: Any) -> Any:
+  """The whole of every array on every device."""
+  return jax.tree.map(lambda x: sharding.place(x, *(None,) * x.ndim), values)
 
 
 def _part(
