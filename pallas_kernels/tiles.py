@@ -47,6 +47,51 @@ class Tiles:
       raise ValueError(f'{self}: needs 2 stages and 1 of the rest at least')
 
 
+@dataclasses.dataclass(frozen=True)
+class RowTiles:
+  """How the rows of a product are cut; see `gmm/panels.py`.
+
+  Attributes:
+    rows: row counts of a tile for which there is code, rising multiples of 8.
+    stages: stages of 64 of the contraction that are in flight.
+    cluster: blocks that share the copies of a panel of the matrix.
+    staging: pieces of a tile that may be on their way to memory.
+  """
+
+  rows: tuple[int, ...] = (32, 64, 96, 128, 144, 160)
+  stages: int = 4
+  cluster: int = 2
+  staging: int = 2
+
+  def __post_init__(self):
+    rising = all(a < b for a, b in zip(self.rows, self.rows[1:]))
+    if not (rising and self.rows and all(8 <= r <= 256 for r in self.rows)):
+      raise ValueError(f'{self}: rows must rise, between 8 and 256')
+    if any(r % 8 for r in self.rows):
+      raise ValueError(f'{self}: rows must be multiples of 8')
+    if self.stages < 2 or min(self.cluster, self.staging) < 1:
+      raise ValueError(f'{self}: needs 2 stages and 1 of the rest at least')
+
+
+# Where groups are small, one block can hold all rows of most of them.
+FEW_ROWS = RowTiles(rows=(8, 16, 32, 64, 96, 160), cluster=1)
+FEW = 80  # rows a group, in the mean
+
+
+def row_tiles(device_kind: str, mean: int) -> RowTiles:
+  """The row tiles measured best for this device, or the default.
+
+  Args:
+    device_kind: as `jax.Device.device_kind` has it, such as 'NVIDIA H200'.
+    mean: rows a group, in the mean.
+  """
+  size = 'few' if mean <= FEW else 'many'
+  found = _table().get(device_kind, {}).get('rows', {}).get(size)
+  if found:
+    return RowTiles(**found | {'rows': tuple(found['rows'])})
+  return FEW_ROWS if size == 'few' else RowTiles()
+
+
 def lookup(device_kind: str, operation: str, shape: tuple[int, int]) -> Tiles:
   """The tiles measured best for this device and shape, or the default.
 

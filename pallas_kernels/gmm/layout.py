@@ -12,24 +12,6 @@ import jax
 import jax.numpy as jnp
 
 
-class Schedule(NamedTuple):
-  """Tiles that together cover every row once, the fuller ones first.
-
-  Attributes:
-    group_T: group of the tile; any group where `valid_T` is 0.
-    row_T: its first row.
-    valid_T: how many of its rows, from the first, that group owns.
-    extent_T: how many rows are its to write; those past `valid_T` are zeros.
-    count_1: how many of the T tiles there are; the rest is padding.
-  """
-
-  group_T: jax.Array
-  row_T: jax.Array
-  valid_T: jax.Array
-  extent_T: jax.Array
-  count_1: jax.Array
-
-
 def starts(sizes_G: jax.Array, align: int) -> jax.Array:
   """int32[G]: the first row of each group."""
   padded_G = round_up(sizes_G, align)
@@ -73,42 +55,72 @@ def spread(
   )
 
 
-def schedule(sizes_G: jax.Array, rows: int, align: int, tile: int) -> Schedule:
-  """Cuts `rows` rows into tiles of at most `tile` that no two groups share.
+class Segments(NamedTuple):
+  """Stretches of one group's rows that a cluster of blocks works on together.
 
-  Tiles more than half full come first, in order of rows, then the others, in
-  order of rows: blocks that take tiles in turns then stay abreast, and read
-  what they share from the cache while it is there.
+  Each is cut into equal tiles, one a member of the cluster. So the matrix of a
+  group is fetched once for all its rows where they fit one segment, and no
+  tile is much shorter than its neighbour, which would wait for it.
+
+  Attributes:
+    group_S: group of the segment; any group where `valid_S` is 0.
+    row_S: its first row.
+    tile_S: rows of a member's tile, a multiple of 8.
+    valid_S: how many of its rows, from the first, that group owns.
+    extent_S: how many rows are its to write; those past `valid_S` are zeros.
+    count_1: how many of the S segments there are; the rest is padding.
+  """
+
+  group_S: jax.Array
+  row_S: jax.Array
+  tile_S: jax.Array
+  valid_S: jax.Array
+  extent_S: jax.Array
+  count_1: jax.Array
+
+
+def segments(
+  sizes_G: jax.Array, rows: int, align: int, tile: int, members: int
+) -> Segments:
+  """Cuts `rows` rows into segments of `members` tiles of at most `tile` rows.
+
+  Args:
+    sizes_G: int32 rows per group.
+    rows: all rows, of groups and of none; a multiple of 8.
+    align: multiple of 8 to which group starts are rounded up.
+    tile: most rows of a tile, a multiple of 8.
+    members: tiles of a segment.
   """
   groups = sizes_G.shape[0]
   sizes_G = sizes_G.astype(jnp.int32)
   padded_G = round_up(sizes_G, align)
   # The rows after the last group are one more group, which owns none of them.
   tail_1 = rows - padded_G.sum(keepdims=True)
-  padded_S = jnp.concatenate([padded_G, tail_1])
-  sizes_S = jnp.concatenate([sizes_G, jnp.zeros(1, jnp.int32)])
-  full_S = (sizes_S + (tile - tile // 2 - 1)) // tile
-  rest_S = -(-padded_S // tile) - full_S
+  padded_R = jnp.concatenate([padded_G, tail_1])
+  sizes_R = jnp.concatenate([sizes_G, jnp.zeros(1, jnp.int32)])
+  count_R = -(-padded_R // (tile * members))
+  share_R = padded_R // jnp.maximum(count_R * members, 1)
+  # Rounded up twice: to whole rows, then to the height of a swizzled tile.
+  exact_R = share_R * jnp.maximum(count_R * members, 1) == padded_R
+  tile_R = round_up(share_R + jnp.where(exact_R, 0, 1), 8)
   # Sums of a comparison of all with all are one small kernel each on a GPU,
   # where a scan or a binary search is many.
-  before_SS = jnp.tri(groups + 1, k=-1, dtype=jnp.int32)
-  start_S = (before_SS * padded_S[None]).sum(1)
-  full_end_S = (before_SS * full_S[None]).sum(1) + full_S
-  rest_end_S = (before_SS * rest_S[None]).sum(1) + rest_S + full_S.sum()
-  end_C = jnp.concatenate([full_end_S, rest_end_S])
-  tile_T = jnp.arange(-(-rows // tile) + groups + 1, dtype=jnp.int32)
-  run_T = (end_C[None] <= tile_T[:, None]).sum(1, dtype=jnp.int32)
-  run_T = jnp.minimum(run_T, 2 * groups + 1)
-  group_T = run_T % (groups + 1)
-  # A group's tiles of the second run follow those of the first.
-  count_C = jnp.concatenate([full_S, rest_S])
-  skipped_C = jnp.concatenate([jnp.zeros_like(full_S), full_S])
-  first_C = end_C - count_C - skipped_C
-  offset_T = (tile_T - first_C[run_T]) * tile
-  return Schedule(
-    group_T=jnp.minimum(group_T, groups - 1),
-    row_T=start_S[group_T] + offset_T,
-    valid_T=jnp.clip(sizes_S[group_T] - offset_T, 0, tile),
-    extent_T=jnp.clip(padded_S[group_T] - offset_T, 0, tile),
-    count_1=end_C[-1:],
+  before_RR = jnp.tri(groups + 1, k=-1, dtype=jnp.int32)
+  start_R = (before_RR * padded_R[None]).sum(1)
+  first_R = (before_RR * count_R[None]).sum(1)
+  segment_S = jnp.arange(
+    rows // (tile * members) + groups + 1, dtype=jnp.int32
+  )
+  end_R = first_R + count_R
+  run_S = (end_R[None] <= segment_S[:, None]).sum(1, dtype=jnp.int32)
+  run_S = jnp.minimum(run_S, groups)
+  reach_S = tile_R[run_S] * members
+  offset_S = (segment_S - first_R[run_S]) * reach_S
+  return Segments(
+    group_S=jnp.minimum(run_S, groups - 1),
+    row_S=start_R[run_S] + offset_S,
+    tile_S=tile_R[run_S],
+    valid_S=jnp.clip(sizes_R[run_S] - offset_S, 0, reach_S),
+    extent_S=jnp.clip(padded_R[run_S] - offset_S, 0, reach_S),
+    count_1=end_R[-1:],
   )

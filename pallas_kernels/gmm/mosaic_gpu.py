@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.gmm import layout, pipeline, vjp
+from pallas_kernels.gmm import layout, panels, pipeline, vjp
 
 
 def alignment(rows: int, groups: int, align: int) -> int:
@@ -57,7 +57,7 @@ def product(
   align: int,
   transpose: bool,
   out_dtype: jax.typing.DTypeLike,
-  tiles: tile_tables.Tiles | None = None,
+  tiles: tile_tables.RowTiles | None = None,
   blocks: int | None = None,
 ) -> jax.Array:
   """Each row times its group's matrix; see `vjp.Backend`.
@@ -74,25 +74,54 @@ def product(
   """
   rows, depth = x_PK.shape
   columns = w_GKN.shape[1 if transpose else 2]
-  operation = 'transposed' if transpose else 'product'
-  tiles = tiles or _lookup(operation, depth, columns)
-  pipeline.check(tiles, depth % tiles.depth, columns)
-  plan = layout.schedule(sizes_G, rows, align, pipeline.ROWS)
-  chunk = pipeline.SWIZZLE // jnp.dtype(out_dtype).itemsize
-  w_shape = (tiles.depth, tiles.columns)
-  kernel = plgpu.kernel(
-    functools.partial(_product_body, tiles=tiles, transpose=transpose),
-    out_type=jax.ShapeDtypeStruct((rows, columns), out_dtype),
-    scratch_types=pipeline.scratch(
-      tiles,
-      (pipeline.ROWS, tiles.depth),
-      w_shape[::-1] if transpose else w_shape,
-      chunk,
-      out_dtype,
-    ),
-    **pipeline.mesh('grouped_matmul', tiles, blocks),
+  tiles = tiles or row_tiles(rows, sizes_G.shape[0])
+  form = panels.Form(
+    parts=1,
+    panels=1 + (columns % (2 * panels.PANEL) == 0),
+    paired=False,
+    transpose=transpose,
+    tiles=tiles,
+    chunk=2 * panels.CHUNK // jnp.dtype(out_dtype).itemsize,
+    out_dtype=jnp.dtype(out_dtype),
   )
-  return _varying_like(x_PK, kernel(*plan, x_PK, w_GKN))
+  plan = layout.segments(sizes_G, rows, align, tiles.rows[-1], tiles.cluster)
+  (y_PN,) = panels.call(
+    'grouped_matmul',
+    form,
+    functools.partial(store_sums, form=form),
+    plan,
+    [x_PK],
+    [w_GKN],
+    [],
+    columns,
+    [jax.ShapeDtypeStruct((rows, columns), out_dtype)],
+    blocks=blocks,
+  )
+  return varying_like(x_PK, y_PN)
+
+
+def store_sums(place, values, count, refs, out_smem, *, form) -> None:
+  """Stores the sums of a tile as they are."""
+  slot = 0
+  for panel, sums_FR in enumerate(values):
+    for first, size in panels.chunks(count, form.chunk):
+      plgpu.wait_smem_to_gmem(form.tiles.staging - 1, wait_read_only=True)
+      piece_FR = sums_FR[:, first : first + size]
+      panels.store(
+        panels.masked(piece_FR, first, place.valid),
+        refs[0],
+        place,
+        first,
+        place.columns[panel],
+        out_smem.at[place.warpgroup, slot],
+      )
+      slot = (slot + 1) % form.tiles.staging
+
+
+def row_tiles(rows: int, groups: int) -> tile_tables.RowTiles:
+  """How to cut the rows on the device at hand, by their mean number."""
+  kind = jax.local_devices()[0].device_kind
+  return tile_tables.row_tiles(kind, rows // groups)
 
 
 def weight_gradient(
@@ -136,10 +165,10 @@ def weight_gradient(
     **pipeline.mesh('grouped_matmul_gradient', tiles, blocks),
   )
   start_G = layout.starts(sizes_G, align)
-  return _varying_like(x_PK, kernel(start_G, sizes_G, x_PK, dy_PN))
+  return varying_like(x_PK, kernel(start_G, sizes_G, x_PK, dy_PN))
 
 
-def _varying_like(x: jax.Array, y: jax.Array) -> jax.Array:
+def varying_like(x: jax.Array, y: jax.Array) -> jax.Array:
   """Inside `shard_map`, marks `y` as differing over the axes that `x` does.
 
   Kernels are not told on which axes their operands differ.
@@ -151,105 +180,6 @@ def _varying_like(x: jax.Array, y: jax.Array) -> jax.Array:
 def _lookup(operation: str, depth: int, columns: int) -> tile_tables.Tiles:
   kind = jax.local_devices()[0].device_kind
   return tile_tables.lookup(kind, operation, (depth, columns))
-
-
-def _copy_rows(x_ref, row, deep, extent, a_smem, full, slot, tiles):
-  """Fetches a tile of rows; its second half only if the tile reaches it."""
-
-  def copy(count):
-    plgpu.copy_gmem_to_smem(
-      x_ref.at[pl.ds(row, count), deep],
-      a_smem.at[slot, pl.ds(0, count)],
-      full.at[slot],
-      **pipeline.multicast(tiles),
-    )
-
-  lax.cond(
-    extent > pipeline.HALF,
-    lambda: copy(pipeline.ROWS),
-    lambda: copy(pipeline.HALF),
-  )
-
-
-def _product_body(
-  group_ref,
-  row_ref,
-  valid_ref,
-  extent_ref,
-  count_ref,
-  x_ref,
-  w_ref,
-  y_ref,
-  *,
-  a_smem,
-  b_smem,
-  out_smem,
-  full,
-  empty,
-  tiles,
-  transpose,
-):
-  depth_steps = x_ref.shape[1] // tiles.depth
-  column_tiles = y_ref.shape[1] // (tiles.columns * tiles.cluster)
-  row_tiles = count_ref[0]
-
-  def locate(item):
-    tile, column = pipeline.raster(item, row_tiles, column_tiles, tiles.band)
-    # A tile of no valid rows is stored as zeros without being multiplied.
-    steps = jnp.where(valid_ref[tile] > 0, depth_steps, 0)
-    return tile, pipeline.first_column(column, tiles), steps
-
-  def fetch(item, ring):
-    tile, column, steps = locate(item)
-    row = pl.multiple_of(row_ref[tile], pipeline.ALIGN)
-    columns = pl.ds(column, tiles.columns)
-    group, extent = group_ref[tile], extent_ref[tile]
-
-    def copy(step, slot):
-      deep = pl.ds(step * tiles.depth, tiles.depth)
-      w_slice = (columns, deep) if transpose else (deep, columns)
-      w_source = w_ref.at[group, *w_slice]
-      plgpu.copy_gmem_to_smem(w_source, b_smem.at[slot], full.at[slot])
-
-      _copy_rows(x_ref, row, deep, extent, a_smem, full, slot, tiles)
-
-    return pipeline.fetch(copy, steps, ring, empty, tiles)
-
-  def multiply(item, ring, warpgroup):
-    tile, column, steps = locate(item)
-    first = warpgroup * pipeline.HALF
-    valid = valid_ref[tile] - first
-    extent = extent_ref[tile] - first
-    row = pl.multiple_of(row_ref[tile] + first, pipeline.ALIGN)
-
-    def step(acc, slot, index):
-      del index
-      w_smem = b_smem.at[slot]
-      w_smem = w_smem.transpose((1, 0)) if transpose else w_smem
-      plgpu.wgmma(acc, a_smem.at[slot, pl.ds(first, pipeline.HALF)], w_smem)
-
-    def store(chunk, values, slot):
-      inside = pipeline.row_index(values.shape) < valid
-      values = jnp.where(inside, values, jnp.zeros_like(values))
-      out_smem[warpgroup, slot] = values.astype(y_ref.dtype)
-      plgpu.commit_smem()
-      width = values.shape[1]
-      columns = pl.ds(column + chunk * width, width)
-      _store_rows(out_smem.at[warpgroup, slot], y_ref, row, columns, extent)
-
-    @pl.when(extent > 0)
-    def _():
-      pipeline.accumulate(
-        step, store, steps, ring, full, empty, tiles, out_smem
-      )
-
-    @pl.when(extent <= 0)
-    def _():
-      pipeline.skip(steps, ring, full, empty, tiles)
-
-    return ring + steps
-
-  pipeline.run(fetch, multiply, row_tiles * column_tiles, empty, tiles)
 
 
 def _mask_tail(a_smem, b_smem, left, masked, tiles):
@@ -319,12 +249,12 @@ def _gradient_body(
     mine = pl.ds(warpgroup * pipeline.HALF, pipeline.HALF)
     share = tiles.columns // pipeline.CONSUMERS
 
-    def step(acc, slot, index):
+    def step(accs, slot, index):
       left = size - index * tiles.depth
       ours = b_smem.at[slot, :, pl.ds(warpgroup * share, share)]
       _mask_tail(a_smem.at[slot, :, mine], ours, left, masked, tiles)
       x_smem = a_smem.at[slot, :, mine].transpose((1, 0))
-      plgpu.wgmma(acc, x_smem, b_smem.at[slot])
+      plgpu.wgmma(accs[0], x_smem, b_smem.at[slot])
 
     def store(chunk, values, slot):
       out_smem[warpgroup, slot] = values.astype(dw_ref.dtype)
@@ -337,33 +267,18 @@ def _gradient_body(
       ]
       plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, slot], target)
 
-    pipeline.accumulate(step, store, steps, ring, full, empty, tiles, out_smem)
+    shapes = [(pipeline.HALF, tiles.columns)]
+    (total,) = pipeline.accumulate(
+      step, steps, ring, full, empty, tiles, shapes
+    )
+    chunk = out_smem.shape[-1]
+    for piece in range(tiles.columns // chunk):
+      plgpu.wait_smem_to_gmem(tiles.staging - 1, wait_read_only=True)
+      values = total[:, piece * chunk : (piece + 1) * chunk]
+      store(piece, values, piece % tiles.staging)
     return ring + steps
 
   pipeline.run(fetch, multiply, groups * row_tiles * column_tiles, empty, tiles)
-
-
-def _store_rows(staged, y_ref, row, columns, extent):
-  """Copies the first `extent` staged rows, a multiple of 8, to `row` on."""
-
-  @pl.when(extent >= pipeline.HALF)
-  def _():
-    target = y_ref.at[pl.ds(row, pipeline.HALF), columns]
-    plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
-
-  @pl.when(extent < pipeline.HALF)
-  def _():
-    for piece in range(0, pipeline.HALF - pipeline.ALIGN, pipeline.ALIGN):
-
-      @pl.when(piece < extent)
-      def _(piece=piece):
-        plgpu.copy_smem_to_gmem(
-          staged.at[pl.ds(piece, pipeline.ALIGN)],
-          y_ref.at[pl.ds(row + piece, pipeline.ALIGN), columns],
-          commit_group=False,
-        )
-
-  plgpu.commit_smem_to_gmem_group()
 
 
 BACKEND = vjp.Backend(alignment, product, weight_gradient)

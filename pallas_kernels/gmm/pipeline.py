@@ -46,33 +46,39 @@ def mesh(name: str, tiles: tile_tables.Tiles, blocks: int | None) -> dict:
   }
 
 
-def scratch(tiles, a_shape, b_shape, chunk, out_dtype) -> dict:
-  """The ring of stages, the staging of results, and their barriers."""
+def swizzled(shape, dtype) -> plgpu.SMEM:
+  """Shared memory in tiles of 8 rows of 128 bytes, as wgmma reads it."""
+  columns = SWIZZLE // jnp.dtype(dtype).itemsize
+  transforms = (
+    plgpu.TilingTransform((ALIGN, columns)),
+    plgpu.SwizzleTransform(SWIZZLE),
+  )
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-  def swizzled(shape, dtype):
-    columns = SWIZZLE // jnp.dtype(dtype).itemsize
-    transforms = (
-      plgpu.TilingTransform((ALIGN, columns)),
-      plgpu.SwizzleTransform(SWIZZLE),
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-  # A slot is free once the consumers of the whole cluster have read it, since
-  # each member copies its part of a_smem to all.
+def freed(tiles) -> plgpu.Barrier | plgpu.ClusterBarrier:
+  """Barriers of the slots that may be filled again.
+
+  A slot is free once the consumers of the whole cluster have read it, since
+  what its members share is copied into the slots of all.
+  """
   if tiles.cluster > 1:
-    empty = plgpu.ClusterBarrier(
+    return plgpu.ClusterBarrier(
       collective_axes=('member',),
       num_arrivals=CONSUMERS,
       num_barriers=tiles.stages,
     )
-  else:
-    empty = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages)
+  return plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages)
+
+
+def scratch(tiles, a_shape, b_shape, chunk, out_dtype) -> dict:
+  """The ring of stages, the staging of results, and their barriers."""
   return {
     'a_smem': swizzled((tiles.stages, *a_shape), jnp.bfloat16),
     'b_smem': swizzled((tiles.stages, *b_shape), jnp.bfloat16),
     'out_smem': swizzled((CONSUMERS, tiles.staging, HALF, chunk), out_dtype),
     'full': plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-    'empty': empty,
+    'empty': freed(tiles),
   }
 
 
@@ -137,28 +143,29 @@ def fetch(copy, steps, ring, empty, tiles):
   return lax.fori_loop(0, steps, body, ring)
 
 
-def accumulate(step, store, steps, ring, full, empty, tiles, out_smem):
-  """Sums `steps` stages of the ring into registers, then stores them.
+def accumulate(step, steps, ring, full, empty, tiles, shapes):
+  """Sums `steps` stages of the ring into registers.
 
   Args:
-    step: (acc, slot, index) issues the product of one stage.
-    store: (chunk, values, slot) writes a piece of the sum through the output
-      staging `slot`.
+    step: (accs, slot, index) issues one product an accumulator.
     steps: stages to sum; none leave zeros.
     ring: stages used before.
     full: barriers of the slots that have been filled.
     empty: barriers of the slots that may be filled again.
     tiles: how the products are cut.
-    out_smem: staging of the output.
+    shapes: of the accumulators.
+
+  Returns:
+    The sums, float32.
   """
 
-  def scope(acc):
+  def scope(*accs):
     def body(index, _):
       slot = lax.rem(ring + index, tiles.stages)
       plgpu.barrier_wait(full.at[slot])
-      step(acc, slot, index)
-      # The product before this one is done: its slot may be filled again.
-      plgpu.wgmma_wait(1)
+      step(accs, slot, index)
+      # The products before these are done: their slot may be filled again.
+      plgpu.wgmma_wait(len(accs))
 
       @pl.when(index > 0)
       def _():
@@ -173,14 +180,11 @@ def accumulate(step, store, steps, ring, full, empty, tiles, out_smem):
       last = lax.rem(ring + steps - 1, tiles.stages)
       plgpu.barrier_arrive(empty.at[last])
 
-    return acc[...]
+    return [acc[...] for acc in accs]
 
-  total = pl.run_scoped(scope, plgpu.ACC((HALF, tiles.columns), jnp.float32))
-  width = out_smem.shape[-1]
-  for chunk in range(tiles.columns // width):
-    plgpu.wait_smem_to_gmem(tiles.staging - 1, wait_read_only=True)
-    values = total[:, chunk * width : (chunk + 1) * width]
-    store(chunk, values, chunk % tiles.staging)
+  return pl.run_scoped(
+    scope, *(plgpu.ACC(shape, jnp.float32) for shape in shapes)
+  )
 
 
 def skip(steps, ring, full, empty, tiles):

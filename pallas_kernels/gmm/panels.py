@@ -1,0 +1,323 @@
+"""Rows times their group's matrix on Hopper, with matrices on wgmma's tall side.
+
+wgmma multiplies 64 rows of its first operand at a time, but any multiple of 8
+columns of its second. So the matrices' output features, which are many and
+divide evenly, are the first operand, and the rows of a group, which are any
+number, the second: a tile is as wide as its rows need, and results are turned
+back when they are stored.
+
+A cluster of blocks takes one stretch of a group's rows together
+(`layout.segments`), each block a tile of them, against the same panels of 128
+features: a panel's weights are fetched once and copied to all members. The
+first two warpgroups of a block own half of each panel, the third copies.
+
+Rows of no group are stored as zeros, whatever they hold.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tiles as tile_tables
+from pallas_kernels.gmm import layout, pipeline
+
+PANEL = pipeline.CONSUMERS * pipeline.HALF  # output features of a panel
+DEPTH = 64  # contraction length of a stage: a row of it is one swizzle
+CHUNK = 32  # bfloat16 rows that are staged at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What is multiplied with what, all of it known when the kernel is made.
+
+  Attributes:
+    parts: pairs of rows and matrices whose products are summed.
+    panels: panels of an output tile, 1 or 2.
+    paired: panel p is of matrix p (one part); otherwise the panels lie next to
+      each other in the matrix of each part.
+    transpose: matrices are [G, N, K] instead of [G, K, N].
+    tiles: how the rows are cut.
+    chunk: rows that are staged and stored at a time.
+    out_dtype: of every result.
+  """
+
+  parts: int
+  panels: int
+  paired: bool
+  transpose: bool
+  tiles: tile_tables.RowTiles
+  chunk: int
+  out_dtype: jnp.dtype
+
+  def columns(self, column: jax.Array, panel: int) -> jax.Array:
+    """First output feature of a panel of the `column`-th tile."""
+    place = column if self.paired else column * self.panels + panel
+    return pl.multiple_of(place * PANEL, PANEL)
+
+  def weights(self, part: int, panel: int) -> int:
+    """Which matrix a panel comes from."""
+    return panel if self.paired else part
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where the results of one warpgroup's part of a tile belong.
+
+  Attributes:
+    row: first row.
+    valid: rows that hold results; the others get zeros.
+    extent: rows to write, a multiple of 8.
+    columns: first output feature of each panel's part.
+    warpgroup: who stores.
+  """
+
+  row: jax.Array
+  valid: jax.Array
+  extent: jax.Array
+  columns: Sequence[jax.Array]
+  warpgroup: jax.Array
+
+
+Finish = Callable[..., None]
+
+
+def call(
+  name: str,
+  form: Form,
+  finish: Finish,
+  plan: layout.Segments,
+  xs: Sequence[jax.Array],
+  ws: Sequence[jax.Array],
+  extra: Sequence[jax.Array],
+  columns: int,
+  outputs: Sequence[jax.ShapeDtypeStruct],
+  *,
+  blocks: int | None,
+  scratch: dict | None = None,
+) -> Sequence[jax.Array]:
+  """Runs one kernel.
+
+  Args:
+    name: of the kernel.
+    form: what it is made for.
+    finish: (place, values, count, refs, scratch) stores the sums `values` of
+      a tile, float32[64, count] a panel; `refs` are `extra`, then the outputs.
+    plan: segments of the rows.
+    xs: bfloat16 rows of each part.
+    ws: bfloat16 matrices.
+    extra: further operands of `finish`.
+    columns: output features that the tiles have to cover, of one matrix.
+    outputs: what comes out.
+    blocks: persistent blocks; None takes one a multiprocessor.
+    scratch: further scratch memory of `finish`.
+  """
+  width = PANEL if form.paired else PANEL * form.panels
+  if xs[0].shape[1] % DEPTH or columns % width:
+    raise ValueError(
+      f'{form} does not divide rows of {xs[0].shape[1]} and matrices of '
+      f'{columns} columns'
+    )
+  kernel = plgpu.kernel(
+    functools.partial(
+      _body,
+      form=form,
+      finish=finish,
+      sources=len(ws),
+      column_tiles=columns // width,
+    ),
+    out_type=list(outputs),
+    scratch_types=_scratch(form) | (scratch or {}),
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    **pipeline.mesh(name, form.tiles, blocks),
+  )
+  return kernel(*plan, *xs, *ws, *extra)
+
+
+def _scratch(form: Form) -> dict:
+  tiles = form.tiles
+  w_shape = (PANEL, DEPTH) if form.transpose else (DEPTH, PANEL)
+  staged = (pipeline.CONSUMERS, tiles.staging, form.chunk, pipeline.HALF)
+  bf16 = jnp.bfloat16
+  return {
+    'w_smem': pipeline.swizzled((tiles.stages, form.panels, *w_shape), bf16),
+    'x_smem': pipeline.swizzled((tiles.stages, tiles.rows[-1], DEPTH), bf16),
+    'out_smem': pipeline.swizzled(staged, form.out_dtype),
+    'full': plgpu.Barrier(
+      num_arrivals=form.panels + 1, num_barriers=tiles.stages
+    ),
+    'empty': pipeline.freed(tiles),
+  }
+
+
+def _body(
+  *refs,
+  form,
+  finish,
+  sources,
+  column_tiles,
+  w_smem,
+  x_smem,
+  out_smem,
+  full,
+  empty,
+  **more,
+):
+  tiles = form.tiles
+  plan = layout.Segments(*refs[: len(layout.Segments._fields)])
+  refs = refs[len(plan) :]
+  x_refs, w_refs = refs[: form.parts], refs[form.parts : form.parts + sources]
+  refs = refs[form.parts + sources :]
+  part_steps = x_refs[0].shape[1] // DEPTH
+
+  def locate(item):
+    segment = lax.div(item, column_tiles)
+    # A segment of no valid rows is stored as zeros without being multiplied.
+    busy = plan.valid_S[segment] > 0
+    steps = jnp.where(busy, form.parts * part_steps, 0)
+    first = lax.axis_index('member') * plan.tile_S[segment]
+    tile = plan.tile_S[segment]
+    extent = jnp.clip(plan.extent_S[segment] - first, 0, tile)
+    valid = jnp.clip(plan.valid_S[segment] - first, 0, tile)
+    row = pl.multiple_of(plan.row_S[segment] + first, pipeline.ALIGN)
+    return segment, lax.rem(item, column_tiles), steps, row, valid, extent
+
+  def fetch(item, ring):
+    segment, column, steps, row, _, extent = locate(item)
+    group = plan.group_S[segment]
+
+    def copy_part(part, step, slot):
+      deep = pl.ds(step * DEPTH, DEPTH)
+      for panel in range(form.panels):
+        wide = pl.ds(form.columns(column, panel), PANEL)
+        cut = (wide, deep) if form.transpose else (deep, wide)
+        plgpu.copy_gmem_to_smem(
+          w_refs[form.weights(part, panel)].at[group, *cut],
+          w_smem.at[slot, panel],
+          full.at[slot],
+          **pipeline.multicast(tiles),
+        )
+
+      def copy_rows(count):
+        plgpu.copy_gmem_to_smem(
+          x_refs[part].at[pl.ds(row, count), deep],
+          x_smem.at[slot, pl.ds(0, count)],
+          full.at[slot],
+        )
+
+      _by_count(extent, tiles.rows, copy_rows, none=tiles.rows[0])
+
+    def copy(step, slot):
+      for part in range(form.parts):
+        in_part = lax.div(step, part_steps) == part
+
+        @pl.when(in_part if form.parts > 1 else True)
+        def _(part=part):
+          copy_part(part, step - part * part_steps, slot)
+
+    return pipeline.fetch(copy, steps, ring, empty, tiles)
+
+  def multiply(item, ring, warpgroup):
+    _, column, steps, row, valid, extent = locate(item)
+    half = warpgroup * pipeline.HALF
+    mine = pl.ds(half, pipeline.HALF)
+    starts = [form.columns(column, p) + half for p in range(form.panels)]
+    place = Place(row, valid, extent, starts, warpgroup)
+
+    def tile(count):
+      def step(accs, slot, index):
+        del index
+        x_KR = x_smem.at[slot, pl.ds(0, count)].transpose((1, 0))
+        for panel, acc in enumerate(accs):
+          if form.transpose:
+            w_FK = w_smem.at[slot, panel, mine]
+          else:
+            w_FK = w_smem.at[slot, panel, :, mine].transpose((1, 0))
+          plgpu.wgmma(acc, w_FK, x_KR)
+
+      shapes = [(pipeline.HALF, count)] * form.panels
+      values = pipeline.accumulate(
+        step, steps, ring, full, empty, tiles, shapes
+      )
+      finish(place, values, count, refs, out_smem, **more)
+
+    _by_count(extent, tiles.rows, tile)
+
+    @pl.when(extent <= 0)
+    def _():
+      pipeline.skip(steps, ring, full, empty, tiles)
+
+    return ring + steps
+
+  items = plan.count_1[0] * column_tiles
+  pipeline.run(fetch, multiply, items, empty, tiles)
+
+
+def _by_count(extent, counts, run, none=None):
+  """Calls `run` with the least static count that holds `extent` rows."""
+  below = 0
+  for count in counts:
+    fits = extent <= count
+    if none != count:
+      fits &= extent > below
+    pl.when(fits)(functools.partial(run, count))
+    below = count
+
+
+def chunks(count: int, chunk: int) -> list[tuple[int, int]]:
+  """(first, size) of the pieces of `count` rows."""
+  return [(at, min(chunk, count - at)) for at in range(0, count, chunk)]
+
+
+def masked(values_FR: jax.Array, first: int, valid: jax.Array) -> jax.Array:
+  """Zeroes the rows from the tile's `valid`-th on; rows are the last axis."""
+  row_FR = plgpu.broadcasted_iota(
+    jnp.int32, values_FR.shape, 1, layout=plgpu.Layout.WGMMA
+  )
+  inside_FR = row_FR < valid - first
+  return jnp.where(inside_FR, values_FR, jnp.zeros_like(values_FR))
+
+
+def store(values_FR, y_ref, place, first, columns, staged):
+  """Turns a chunk around and sends the rows that are the tile's to memory.
+
+  Args:
+    values_FR: [64, rows] results.
+    y_ref: where they go.
+    place: of the tile.
+    first: its row with which the chunk starts.
+    columns: first output feature.
+    staged: shared memory of the chunk, free to be written.
+  """
+  size = values_FR.shape[1]
+  staged = staged.at[pl.ds(0, size)]
+  staged.transpose((1, 0))[...] = values_FR.astype(y_ref.dtype)
+  plgpu.commit_smem()
+  left = place.extent - first
+  wide = pl.ds(columns, pipeline.HALF)
+
+  @pl.when(left >= size)
+  def _():
+    target = y_ref.at[pl.ds(place.row + first, size), wide]
+    plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
+
+  if size > pipeline.ALIGN:
+
+    @pl.when(left < size)
+    def _():
+      for at in range(0, size - pipeline.ALIGN, pipeline.ALIGN):
+
+        @pl.when(at < left)
+        def _(at=at):
+          plgpu.copy_smem_to_gmem(
+            staged.at[pl.ds(at, pipeline.ALIGN)],
+            y_ref.at[pl.ds(place.row + first + at, pipeline.ALIGN), wide],
+            commit_group=False,
+          )
+
+  plgpu.commit_smem_to_gmem_group()
