@@ -73,23 +73,35 @@ class RowTiles:
       raise ValueError(f'{self}: needs 2 stages and 1 of the rest at least')
 
 
-# Where groups are small, one block can hold all rows of most of them.
-FEW_ROWS = RowTiles(rows=(8, 16, 32, 64, 96, 160), cluster=1)
-FEW = 80  # rows a group, in the mean
+FEW = 80  # rows a group, in the mean: one block can hold those of most groups
+# The product, what may follow it and the size of groups -> tiles. What reads
+# the pre-activations while it stores gives up a stage for the room.
+ROW_TILES = {
+  ('product', 'few'): RowTiles(rows=(8, 16, 32, 64, 96, 160), cluster=1),
+  ('product', 'many'): RowTiles(),
+  ('up', 'few'): RowTiles(rows=(8, 16, 32, 64, 96, 160), cluster=1),
+  ('up', 'many'): RowTiles(),
+  ('down_backward', 'few'): RowTiles(
+    rows=(8, 16, 32, 64, 96, 144), stages=3, cluster=1
+  ),
+  ('down_backward', 'many'): RowTiles(rows=(32, 64, 96, 128, 144), stages=3),
+}
 
 
-def row_tiles(device_kind: str, mean: int) -> RowTiles:
+def row_tiles(device_kind: str, operation: str, mean: int) -> RowTiles:
   """The row tiles measured best for this device, or the default.
 
   Args:
     device_kind: as `jax.Device.device_kind` has it, such as 'NVIDIA H200'.
+    operation: 'product', 'up' or 'down_backward'.
     mean: rows a group, in the mean.
   """
   size = 'few' if mean <= FEW else 'many'
-  found = _table().get(device_kind, {}).get('rows', {}).get(size)
-  if found:
-    return RowTiles(**found | {'rows': tuple(found['rows'])})
-  return FEW_ROWS if size == 'few' else RowTiles()
+  found = _table().get(device_kind, {}).get('rows', {}).get(operation, {})
+  if size in found:
+    entry = found[size]
+    return RowTiles(**entry | {'rows': tuple(entry['rows'])})
+  return ROW_TILES[operation, size]
 
 
 def lookup(device_kind: str, operation: str, shape: tuple[int, int]) -> Tiles:

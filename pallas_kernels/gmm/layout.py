@@ -108,9 +108,7 @@ def segments(
   before_RR = jnp.tri(groups + 1, k=-1, dtype=jnp.int32)
   start_R = (before_RR * padded_R[None]).sum(1)
   first_R = (before_RR * count_R[None]).sum(1)
-  segment_S = jnp.arange(
-    rows // (tile * members) + groups + 1, dtype=jnp.int32
-  )
+  segment_S = jnp.arange(rows // (tile * members) + groups + 1, dtype=jnp.int32)
   end_R = first_R + count_R
   run_S = (end_R[None] <= segment_S[:, None]).sum(1, dtype=jnp.int32)
   run_S = jnp.minimum(run_S, groups)

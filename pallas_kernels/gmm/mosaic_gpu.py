@@ -12,6 +12,7 @@ stored; rows of no group are stored as zeros.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -72,35 +73,60 @@ def product(
     tiles: how to cut; None looks the device up.
     blocks: persistent blocks; None takes one a multiprocessor.
   """
-  rows, depth = x_PK.shape
   columns = w_GKN.shape[1 if transpose else 2]
-  tiles = tiles or row_tiles(rows, sizes_G.shape[0])
+  return sums(
+    [x_PK],
+    [w_GKN],
+    sizes_G,
+    columns,
+    align=align,
+    transpose=transpose,
+    out_dtype=out_dtype,
+    tiles=tiles,
+    blocks=blocks,
+  )
+
+
+def sums(
+  xs: Sequence[jax.Array],
+  ws: Sequence[jax.Array],
+  sizes_G: jax.Array,
+  columns: int,
+  *,
+  align: int,
+  transpose: bool,
+  out_dtype: jax.typing.DTypeLike,
+  tiles: tile_tables.RowTiles | None = None,
+  blocks: int | None = None,
+) -> jax.Array:
+  """Sum of the products of pairs of rows and matrices; see `product`."""
+  rows = xs[0].shape[0]
+  tiles = tiles or row_tiles('product', rows, sizes_G.shape[0])
   form = panels.Form(
-    parts=1,
-    panels=1 + (columns % (2 * panels.PANEL) == 0),
+    parts=len(xs),
+    panels=panels.adjacent(columns),
     paired=False,
     transpose=transpose,
     tiles=tiles,
     chunk=2 * panels.CHUNK // jnp.dtype(out_dtype).itemsize,
     out_dtype=jnp.dtype(out_dtype),
   )
-  plan = layout.segments(sizes_G, rows, align, tiles.rows[-1], tiles.cluster)
   (y_PN,) = panels.call(
     'grouped_matmul',
     form,
-    functools.partial(store_sums, form=form),
-    plan,
-    [x_PK],
-    [w_GKN],
+    functools.partial(_store_sums, form=form),
+    layout.segments(sizes_G, rows, align, tiles.rows[-1], tiles.cluster),
+    xs,
+    ws,
     [],
     columns,
     [jax.ShapeDtypeStruct((rows, columns), out_dtype)],
     blocks=blocks,
   )
-  return varying_like(x_PK, y_PN)
+  return varying_like(xs[0], y_PN)
 
 
-def store_sums(place, values, count, refs, out_smem, *, form) -> None:
+def _store_sums(place, values, count, refs, out_smem, *, form) -> None:
   """Stores the sums of a tile as they are."""
   slot = 0
   for panel, sums_FR in enumerate(values):
@@ -118,10 +144,10 @@ def store_sums(place, values, count, refs, out_smem, *, form) -> None:
       slot = (slot + 1) % form.tiles.staging
 
 
-def row_tiles(rows: int, groups: int) -> tile_tables.RowTiles:
+def row_tiles(operation: str, rows: int, groups: int) -> tile_tables.RowTiles:
   """How to cut the rows on the device at hand, by their mean number."""
   kind = jax.local_devices()[0].device_kind
-  return tile_tables.row_tiles(kind, rows // groups)
+  return tile_tables.row_tiles(kind, operation, rows // groups)
 
 
 def weight_gradient(

@@ -84,6 +84,7 @@ class Place:
   warpgroup: jax.Array
 
 
+Begin = Callable[..., None]
 Finish = Callable[..., None]
 
 
@@ -99,6 +100,7 @@ def call(
   outputs: Sequence[jax.ShapeDtypeStruct],
   *,
   blocks: int | None,
+  begin: Begin | None = None,
   scratch: dict | None = None,
 ) -> Sequence[jax.Array]:
   """Runs one kernel.
@@ -106,7 +108,7 @@ def call(
   Args:
     name: of the kernel.
     form: what it is made for.
-    finish: (place, values, count, refs, scratch) stores the sums `values` of
+    finish: (place, values, count, refs, **scratch) stores the sums `values` of
       a tile, float32[64, count] a panel; `refs` are `extra`, then the outputs.
     plan: segments of the rows.
     xs: bfloat16 rows of each part.
@@ -115,7 +117,8 @@ def call(
     columns: output features that the tiles have to cover, of one matrix.
     outputs: what comes out.
     blocks: persistent blocks; None takes one a multiprocessor.
-    scratch: further scratch memory of `finish`.
+    begin: (place, count, refs, **scratch), before a tile is multiplied.
+    scratch: further scratch memory of `begin` and `finish`.
   """
   width = PANEL if form.paired else PANEL * form.panels
   if xs[0].shape[1] % DEPTH or columns % width:
@@ -128,6 +131,7 @@ def call(
       _body,
       form=form,
       finish=finish,
+      begin=begin,
       sources=len(ws),
       column_tiles=columns // width,
     ),
@@ -159,14 +163,14 @@ def _body(
   *refs,
   form,
   finish,
+  begin,
   sources,
   column_tiles,
   w_smem,
   x_smem,
-  out_smem,
   full,
   empty,
-  **more,
+  **scratch,
 ):
   tiles = form.tiles
   plan = layout.Segments(*refs[: len(layout.Segments._fields)])
@@ -240,11 +244,13 @@ def _body(
             w_FK = w_smem.at[slot, panel, :, mine].transpose((1, 0))
           plgpu.wgmma(acc, w_FK, x_KR)
 
+      if begin:
+        begin(place, count, refs, **scratch)
       shapes = [(pipeline.HALF, count)] * form.panels
       values = pipeline.accumulate(
         step, steps, ring, full, empty, tiles, shapes
       )
-      finish(place, values, count, refs, out_smem, **more)
+      finish(place, values, count, refs, **scratch)
 
     _by_count(extent, tiles.rows, tile)
 
@@ -267,6 +273,11 @@ def _by_count(extent, counts, run, none=None):
       fits &= extent > below
     pl.when(fits)(functools.partial(run, count))
     below = count
+
+
+def adjacent(columns: int) -> int:
+  """Panels of a tile of matrices of so many columns."""
+  return 1 + (columns % (2 * PANEL) == 0)
 
 
 def chunks(count: int, chunk: int) -> list[tuple[int, int]]:
@@ -298,13 +309,27 @@ def store(values_FR, y_ref, place, first, columns, staged):
   staged = staged.at[pl.ds(0, size)]
   staged.transpose((1, 0))[...] = values_FR.astype(y_ref.dtype)
   plgpu.commit_smem()
-  left = place.extent - first
   wide = pl.ds(columns, pipeline.HALF)
+  send_rows(
+    staged,
+    lambda at, rows: y_ref.at[pl.ds(place.row + first + at, rows), wide],
+    place.extent - first,
+  )
+
+
+def send_rows(staged, target, left) -> None:
+  """Copies the first `left` staged rows, a multiple of 8, as one group.
+
+  Args:
+    staged: [rows, ...] in shared memory, committed.
+    target: (at, size) -> where `size` rows from the `at`-th on go.
+    left: how many there are to copy, if fewer than staged.
+  """
+  size = staged.shape[0]
 
   @pl.when(left >= size)
   def _():
-    target = y_ref.at[pl.ds(place.row + first, size), wide]
-    plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
+    plgpu.copy_smem_to_gmem(staged, target(0, size), commit_group=False)
 
   if size > pipeline.ALIGN:
 
@@ -316,7 +341,7 @@ def store(values_FR, y_ref, place, first, columns, staged):
         def _(at=at):
           plgpu.copy_smem_to_gmem(
             staged.at[pl.ds(at, pipeline.ALIGN)],
-            y_ref.at[pl.ds(place.row + first + at, pipeline.ALIGN), wide],
+            target(at, pipeline.ALIGN),
             commit_group=False,
           )
 

@@ -159,7 +159,9 @@ class MosaicGpuTest(parameterized.TestCase):
     else:
       transpose = operation == 'transposed'
       call = functools.partial(
-        mosaic_gpu.product, tiles=tile_tables.RowTiles(), transpose=transpose
+        mosaic_gpu.product,
+        tiles=tile_tables.RowTiles(rows=(160,)),
+        transpose=transpose,
       )
       second = experts, *((hidden, wide) if transpose else (wide, hidden))
     shapes = (

@@ -1,0 +1,103 @@
+"""The routed feed-forward layer: SwiGLU experts on the tokens that chose them.
+
+On GPUs and TPUs the layer is fused: gate and up projections are one pass that
+ends in SwiGLU, and the backward pass keeps the input and the pre-activations
+alone. In XLA it is composed of the public operations, whose derivatives keep
+what they need.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.experts import mosaic_gpu, vjp
+from pallas_kernels.gmm import api as gmm
+from pallas_kernels.permute import api as permute
+
+
+def experts(
+  x_MD: Float[Array, 'M D'],
+  index_MX: Int[Array, 'M X'],
+  weight_MX: Float[Array, 'M X'],
+  wi_0_EDF: Float[Array, 'E D F'],
+  wi_1_EDF: Float[Array, 'E D F'],
+  wo_EFD: Float[Array, 'E F D'],
+  *,
+  impl: dispatch.Impl | None = None,
+) -> Float[Array, 'M D']:
+  """Sum over each token's experts of weight * (silu(x wi_0) * (x wi_1)) wo.
+
+  Dropless and deterministic; products accumulate in float32, and so does the
+  sum over a token's experts.
+
+  Args:
+    x_MD: tokens; of the dtype of the matrices.
+    index_MX: chosen experts; values outside [0, E) contribute nothing, such as
+      unused slots or experts of another device.
+    weight_MX: float32 mixing weights.
+    wi_0_EDF: gate projections.
+    wi_1_EDF: up projections.
+    wo_EFD: down projections.
+    impl: backend; None picks the best for this platform.
+
+  Raises:
+    ValueError: shapes or dtypes that do not match.
+    NotImplementedError: a backend forced by name that cannot do this.
+  """
+  _check(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
+  refusal = mosaic_gpu.refusal(x_MD.dtype, wi_0_EDF.shape[1:])
+  run = dispatch.pick('experts', impl, BACKENDS, {'mosaic_gpu': refusal})
+  return run(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
+
+
+def _check(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD) -> None:
+  experts, width, hidden = wi_0_EDF.shape
+  want = {
+    'x': (x_MD, (x_MD.shape[0], width)),
+    'weight': (weight_MX, index_MX.shape),
+    'index': (index_MX, (x_MD.shape[0], *index_MX.shape[1:])),
+    'wi_1': (wi_1_EDF, wi_0_EDF.shape),
+    'wo': (wo_EFD, (experts, hidden, width)),
+  }
+  for name, (found, shape) in want.items():
+    if found.shape != shape:
+      raise ValueError(
+        f'{name} is {found.shape} and not {shape}, which wi_0 '
+        f'{wi_0_EDF.shape}, x {x_MD.shape} and index {index_MX.shape} ask for'
+      )
+  dtypes = {z.dtype for z in (x_MD, wi_0_EDF, wi_1_EDF, wo_EFD)}
+  if len(dtypes) > 1:
+    raise ValueError(f'x and the matrices differ in dtype: {dtypes}')
+
+
+def composed(
+  impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD
+) -> jax.Array:
+  """The layer of the public operations, each of backend `impl`."""
+  align = gmm.alignment(
+    index_MX.size,
+    wi_0_EDF.shape[0],
+    wi_0_EDF.shape[1:],
+    x_MD.dtype,
+    impl=impl,
+  )
+  rows = permute.permute(
+    x_MD, index_MX, wi_0_EDF.shape[0], align=align, impl=impl
+  )
+
+  def product(x_PK, w_EKN):
+    return gmm.grouped_matmul(x_PK, w_EKN, rows.sizes_G, align=align, impl=impl)
+
+  gate_PF = product(rows.x_PD, wi_0_EDF)
+  hidden_PF = jax.nn.silu(gate_PF) * product(rows.x_PD, wi_1_EDF)
+  y_PD = product(hidden_PF, wo_EFD)
+  return permute.unpermute(y_PD, rows, weight_MX.astype(jnp.float32), impl=impl)
+
+
+BACKENDS = {
+  'mosaic_gpu': functools.partial(vjp.experts, mosaic_gpu.BACKEND, None),
+  'xla': functools.partial(composed, 'xla'),
+}

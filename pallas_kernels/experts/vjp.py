@@ -1,0 +1,140 @@
+"""The fused expert layer and its derivative, once for all backends.
+
+What the backward pass keeps of a layer is its input and the pre-activations of
+the rows; rows in expert order and activations are made again, and the output
+of the down projection is never needed:
+
+  y[m] = sum_x weight[m, x] * down(act)[place[m, x]],  act = silu(gate) * up
+
+gives for the weight of a row the product <dact, act> over F, where dact is the
+gradient of its activation before the weight (SonicMoE, arXiv 2512.14080,
+section 4, has the same identity).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.permute import api as permute
+
+
+class Backend(NamedTuple):
+  """What a backend provides; P rows lie in groups with aligned starts.
+
+  Rows of no group give zeros, whatever they hold, except that `weight_P` is 0
+  and the rows of `x_PD` and `dy_PD` are zeros there.
+
+  Attributes:
+    alignment: (rows, groups) -> multiple to which group starts are rounded up.
+    up: (x_PD, wi_0_EDF, wi_1_EDF, sizes_E, *, align, save) -> gate_PF, up_PF,
+      act_PF: the pre-activations, None unless `save`, and SwiGLU of them.
+    down: (act_PF, wo_EFD, sizes_E, *, align) -> y_PD.
+    down_backward: (dy_PD, wo_EFD, gate_PF, up_PF, weight_P, sizes_E, *, align)
+      -> dgate_PF, dup_PF, scaled_PF, dweight_P: with dact = dy wo^T, the
+      gradients of the pre-activations from weight * dact; weight * act; and
+      float32 sums over F of dact * act.
+    up_backward: (dgate_PF, dup_PF, wi_0_EDF, wi_1_EDF, sizes_E, *, align) ->
+      dx_PD, the sum of both products.
+    weight_gradient: (x_PK, dy_PN, sizes_E, *, align, out_dtype) -> dw_EKN.
+  """
+
+  alignment: Callable[[int, int], int]
+  up: Callable[..., tuple[jax.Array | None, jax.Array | None, jax.Array]]
+  down: Callable[..., jax.Array]
+  down_backward: Callable[..., tuple[jax.Array, ...]]
+  up_backward: Callable[..., jax.Array]
+  weight_gradient: Callable[..., jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def experts(
+  backend: Backend,
+  impl: dispatch.Impl | None,
+  x_MD: jax.Array,
+  index_MX: jax.Array,
+  weight_MX: jax.Array,
+  wi_0_EDF: jax.Array,
+  wi_1_EDF: jax.Array,
+  wo_EFD: jax.Array,
+) -> jax.Array:
+  """See `pallas_kernels.experts.api.experts`; `impl` is of the permutation."""
+  y_MD, *_ = _apply(
+    backend, impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, False
+  )
+  return y_MD
+
+
+def _align(backend, index_MX, wi_0_EDF) -> int:
+  return backend.alignment(index_MX.size, wi_0_EDF.shape[0])
+
+
+def _apply(
+  backend, impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, save
+):
+  align = _align(backend, index_MX, wi_0_EDF)
+  plan = permute.plan(index_MX, wi_0_EDF.shape[0], align=align, impl=impl)
+  with jax.named_scope('gather'):
+    x_PD = permute.gather(x_MD, plan, impl=impl)
+  gate_PF, up_PF, act_PF = backend.up(
+    x_PD, wi_0_EDF, wi_1_EDF, plan.sizes_G, align=align, save=save
+  )
+  y_PD = backend.down(act_PF, wo_EFD, plan.sizes_G, align=align)
+  with jax.named_scope('combine'):
+    y_MD = permute.combine(y_PD, plan, weight_MX, impl=impl)
+  return y_MD, plan, gate_PF, up_PF
+
+
+def _forward(
+  backend, impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD
+):
+  y_MD, plan, gate_PF, up_PF = _apply(
+    backend, impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, True
+  )
+  weights = wi_0_EDF, wi_1_EDF, wo_EFD
+  return y_MD, (x_MD, plan, weight_MX, gate_PF, up_PF, *weights)
+
+
+def _backward(backend, impl, residuals, dy_MD):
+  x_MD, plan, weight_MX, gate_PF, up_PF, wi_0_EDF, wi_1_EDF, wo_EFD = residuals
+  align = _align(backend, weight_MX, wi_0_EDF)
+  sizes_E = plan.sizes_G
+  weight_P = (
+    weight_MX.astype(jnp.float32)
+    .reshape(-1)
+    .at[plan.source_P]
+    .get(mode='fill', fill_value=0)
+  )
+  with jax.named_scope('gather'):
+    dy_PD = permute.gather(dy_MD.astype(x_MD.dtype), plan, impl=impl)
+  dgate_PF, dup_PF, scaled_PF, dweight_P = backend.down_backward(
+    dy_PD, wo_EFD, gate_PF, up_PF, weight_P, sizes_E, align=align
+  )
+  gradient = functools.partial(
+    backend.weight_gradient, align=align, out_dtype=wo_EFD.dtype
+  )
+  dwo_EFD = gradient(scaled_PF, dy_PD, sizes_E)
+  with jax.named_scope('gather'):
+    x_PD = permute.gather(x_MD, plan, impl=impl)
+  dwi_0_EDF = gradient(x_PD, dgate_PF, sizes_E)
+  dwi_1_EDF = gradient(x_PD, dup_PF, sizes_E)
+  dx_PD = backend.up_backward(
+    dgate_PF, dup_PF, wi_0_EDF, wi_1_EDF, sizes_E, align=align
+  )
+  with jax.named_scope('combine'):
+    dx_MD = permute.combine(dx_PD, plan, jnp.ones_like(weight_MX), impl=impl)
+  dweight_MX = dweight_P.at[plan.place_MX].get(mode='fill', fill_value=0)
+  return (
+    dx_MD,
+    None,
+    dweight_MX.astype(weight_MX.dtype),
+    dwi_0_EDF,
+    dwi_1_EDF,
+    dwo_EFD,
+  )
+
+
+experts.defvjp(_forward, _backward)

@@ -1,0 +1,231 @@
+"""The fused expert layer for Hopper against the specification.
+
+Interpreted on a CPU, on the smallest tiles; compiled on a Hopper GPU:
+`python -m tests.pallas_kernels.experts_mosaic_gpu_test`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tiles as tile_tables
+from pallas_kernels.experts import mosaic_gpu, ref, vjp
+from pallas_kernels.gmm import ref as gmm_ref
+
+TOLERANCE = 8e-3  # in norm: bfloat16 results of bfloat16 intermediate values
+DIM, HIDDEN, ALIGN = 128, 256, 8
+ROW_TILES = tile_tables.RowTiles(rows=(8, 40, 72), stages=2)
+BLOCKS = 4  # two clusters of two
+CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
+
+
+def compiled_here():
+  """Interprets the kernels where there is no GPU."""
+  if jax.default_backend() == 'gpu':
+    return contextlib.nullcontext()
+  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+
+
+def small(name):
+  """One of the backend's products on the smallest tiles."""
+  return functools.partial(
+    getattr(mosaic_gpu, name), align=ALIGN, tiles=ROW_TILES, blocks=BLOCKS
+  )
+
+
+def rows_of(sizes, rows, widths, inside=True):
+  """Random bfloat16 rows; those of no group hold NaN."""
+  keys = jax.random.split(jax.random.key(rows), len(widths))
+  owner_P = gmm_ref.group_of_rows(jnp.asarray(sizes), rows, ALIGN)
+  inside_P1 = (owner_P < len(sizes))[:, None]
+  return (
+    owner_P,
+    inside_P1,
+    [
+      jnp.where(
+        inside_P1,
+        jax.random.normal(key, (rows, width)).astype(jnp.bfloat16),
+        jnp.nan,
+      )
+      for key, width in zip(keys, widths)
+    ],
+  )
+
+
+def matrices(groups, *shapes):
+  keys = jax.random.split(jax.random.key(groups), len(shapes))
+  return [
+    (jax.random.normal(key, (groups, *shape)) / 8).astype(jnp.bfloat16)
+    for key, shape in zip(keys, shapes)
+  ]
+
+
+class ExpertsMosaicGpuTest(parameterized.TestCase):
+  # A group of one row, an empty one, one of two tiles, rows after the last.
+  SIZES, ROWS = (3, 0, 130, 1), 168
+
+  def assert_close(self, got, want, tolerance=TOLERANCE):
+    got, want = np.float64(got), np.float64(want)
+    self.assertEqual(got.shape, want.shape)
+    self.assertTrue(np.isfinite(got).all())
+    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
+    self.assertLess(error, tolerance)
+
+  @parameterized.parameters(True, False)
+  def test_up(self, save):
+    sizes_E = jnp.asarray(self.SIZES, jnp.int32)
+    owner_P, inside_P1, (x_PD,) = rows_of(self.SIZES, self.ROWS, (DIM,))
+    wi_0, wi_1 = matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
+    with compiled_here():
+      gate, up, act = small('up')(x_PD, wi_0, wi_1, sizes_E, save=save)
+    x = jnp.where(inside_P1, x_PD, 0).astype(jnp.float32)
+    want = [
+      jnp.einsum('pd,pdf->pf', x, w[jnp.minimum(owner_P, 3)].astype(x.dtype))
+      for w in (wi_0, wi_1)
+    ]
+    self.assert_close(act, jax.nn.silu(want[0]) * want[1])
+    if save:
+      self.assert_close(gate, want[0])
+      self.assert_close(up, want[1])
+
+  def test_up_backward(self):
+    sizes_E = jnp.asarray(self.SIZES, jnp.int32)
+    owner_P, inside_P1, (dgate, dup) = rows_of(
+      self.SIZES, self.ROWS, (HIDDEN, HIDDEN)
+    )
+    wi_0, wi_1 = matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
+    with compiled_here():
+      dx = small('up_backward')(dgate, dup, wi_0, wi_1, sizes_E)
+    want = sum(
+      jnp.einsum(
+        'pf,pdf->pd',
+        jnp.where(inside_P1, dz, 0).astype(jnp.float32),
+        w[jnp.minimum(owner_P, 3)].astype(jnp.float32),
+      )
+      for dz, w in ((dgate, wi_0), (dup, wi_1))
+    )
+    self.assert_close(dx, want)
+
+  @parameterized.parameters(HIDDEN, 128)
+  def test_down_backward(self, hidden):
+    sizes_E = jnp.asarray(self.SIZES, jnp.int32)
+    owner_P, inside_P1, (dy, gate, up) = rows_of(
+      self.SIZES, self.ROWS, (DIM, hidden, hidden)
+    )
+    (wo,) = matrices(4, (hidden, DIM))
+    weight_P = jnp.where(
+      inside_P1[:, 0], jax.random.uniform(jax.random.key(0), (self.ROWS,)), 0
+    )
+    with compiled_here():
+      got = small('down_backward')(dy, wo, gate, up, weight_P, sizes_E)
+    dy, gate, up = (
+      jnp.where(inside_P1, z, 0).astype(jnp.float32) for z in (dy, gate, up)
+    )
+    wo = wo[jnp.minimum(owner_P, 3)].astype(jnp.float32)
+    dact = jnp.einsum('pd,pfd->pf', dy, wo)
+    act, pull = jax.vjp(lambda g, u: jax.nn.silu(g) * u, gate, up)
+    want = (
+      *pull(weight_P[:, None] * dact),
+      weight_P[:, None] * act,
+      (dact * act).sum(1),
+    )
+    for ours, spec in zip(got, want):
+      self.assert_close(ours, spec)
+    self.assertFalse(np.float32(got[2])[~np.asarray(inside_P1)[:, 0]].any())
+
+  def test_layer_and_derivative(self):
+    tokens, experts, top_k = 23, 5, 2
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (tokens, DIM)).astype(jnp.bfloat16)
+    # Expert 3 gets nothing; index 5 is of no expert here.
+    index = jax.random.choice(
+      keys[1], jnp.asarray([0, 1, 2, 4, 5]), (tokens, top_k)
+    )
+    weight = jax.random.uniform(keys[2], (tokens, top_k))
+    dy = jax.random.normal(keys[3], (tokens, DIM)).astype(jnp.bfloat16)
+    ws = matrices(experts, (DIM, HIDDEN), (DIM, HIDDEN), (HIDDEN, DIM))
+    tiny = vjp.Backend(
+      alignment=mosaic_gpu.BACKEND.alignment,
+      up=small_keywords('up'),
+      down=small_keywords('down'),
+      down_backward=small_keywords('down_backward'),
+      up_backward=small_keywords('up_backward'),
+      weight_gradient=functools.partial(
+        mosaic_gpu.BACKEND.weight_gradient,
+        tiles=tile_tables.Tiles(columns=128, stages=2, band=2),
+        blocks=2,
+      ),
+    )
+
+    def run(layer):
+      y, pull = jax.vjp(
+        lambda x, weight, *ws: layer(x, index, weight, *ws), x, weight, *ws
+      )
+      return y, *pull(dy.astype(y.dtype))
+
+    with compiled_here():
+      got = run(functools.partial(vjp.experts, tiny, 'xla'))
+    with jax.default_matmul_precision('highest'):
+      want = run(ref.experts)
+    for ours, spec in zip(got, want):
+      self.assert_close(ours, spec)
+
+  @parameterized.parameters('up', 'down', 'down_backward', 'up_backward')
+  def test_lowers_for_hopper_at_the_shapes_of_m2(self, name):
+    experts, rows, wide, hidden = 256, 65536 + 2048, 3072, 1536
+    kind = {'down': 'product', 'up_backward': 'product'}.get(name, name)
+
+    def shape(*dims, dtype=jnp.bfloat16):
+      return jax.ShapeDtypeStruct(dims, dtype)
+
+    operands = {
+      'up': (shape(rows, wide), *[shape(experts, wide, hidden)] * 2),
+      'down': (shape(rows, hidden), shape(experts, hidden, wide)),
+      'down_backward': (
+        shape(rows, wide),
+        shape(experts, hidden, wide),
+        *[shape(rows, hidden)] * 2,
+        shape(rows, dtype=jnp.float32),
+      ),
+      'up_backward': (
+        *[shape(rows, hidden)] * 2,
+        *[shape(experts, wide, hidden)] * 2,
+      ),
+    }[name]
+    call = functools.partial(
+      getattr(mosaic_gpu, name),
+      align=8,
+      blocks=132,
+      tiles=one_count(tile_tables.ROW_TILES[kind, 'many']),
+      **({'save': True} if name == 'up' else {}),
+    )
+    exported = jax.export.export(
+      jax.jit(call),
+      platforms=['cuda'],
+      disabled_checks=[
+        jax.export.DisabledSafetyCheck.custom_call(target)
+        for target in CUSTOM_CALLS
+      ],
+    )(*operands, shape(experts, dtype=jnp.int32))
+    self.assertIn('mosaic_gpu', exported.mlir_module())
+
+
+def one_count(tiles):
+  """The same with code for one row count: lowering takes seconds each."""
+  return dataclasses.replace(tiles, rows=tiles.rows[-1:])
+
+
+def small_keywords(name):
+  return functools.partial(
+    getattr(mosaic_gpu, name), tiles=ROW_TILES, blocks=BLOCKS
+  )
+
+
+if __name__ == '__main__':
+  absltest.main()
