@@ -29,11 +29,11 @@ CHOICES = ((1, 5, 2, 2), (37, 130, 8, 8), (19, 24, 4, 2))
 # Tokens, groups, choices, alignment, width.
 LAYOUTS = ((1, 1, 1, 1, 128), (70, 6, 3, 8, 128), (130, 70, 2, 8, 384))
 if GPU:
-  tokens = (1, 7, 128, 8192, 8193)
-  CHOICES += tuple((m, e, 8, 8) for m in tokens for e in (256, 64, 32))
-  CHOICES += tuple((m, 64, 4, 2) for m in tokens) + ((100, 512, 8, 8),)
-  LAYOUTS += tuple((m, g, 8, 8, 3072) for m in tokens for g in (256, 64, 32, 5))
-  LAYOUTS += ((32768, 256, 8, 8, 3072), (8192, 256, 8, 64, 1536))
+  CHOICES += ((1, 256, 8, 8), (7, 64, 4, 2), (128, 32, 8, 8), (8192, 256, 8, 8))
+  CHOICES += ((8193, 64, 8, 8), (8193, 64, 4, 2), (100, 512, 8, 8))
+  LAYOUTS += ((1, 256, 8, 8, 3072), (7, 64, 8, 8, 3072), (128, 32, 8, 8, 3072))
+  LAYOUTS += ((8192, 256, 8, 8, 3072), (8193, 5, 8, 8, 3072))
+  LAYOUTS += ((8192, 256, 8, 64, 1536), (32768, 256, 8, 8, 3072))
 # Few blocks on a CPU, so that each walks several tokens and gaps.
 BLOCKS = None if GPU else 3
 MOVES = layout.Moves(
@@ -99,6 +99,7 @@ class RouteTest(parameterized.TestCase):
     score_ME, bias_E = scores(tokens, experts, levels)
     options = {'top_k': top_k, 'min_k': min_k, 'min_share': 0.2123}
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(route):
       routing, pull = jax.vjp(
         lambda s, b: route(s, b, **options), score_ME, bias_E
@@ -131,9 +132,7 @@ class RouteTest(parameterized.TestCase):
 
 
 class PlanTest(parameterized.TestCase):
-  @parameterized.parameters(
-    *itertools.product(LAYOUTS, ('uniform', 'outside', 'few'))
-  )
+  @parameterized.parameters(*itertools.product(LAYOUTS, ('outside', 'few')))
   def test_equals_a_sort(self, shape, law):
     tokens, groups, choices, align, _ = shape
     index_MX = indices(tokens, groups, choices, law)
@@ -157,13 +156,13 @@ class PlanTest(parameterized.TestCase):
 
 class MoveTest(parameterized.TestCase):
   @parameterized.parameters(
-    *itertools.product(LAYOUTS, ('bfloat16', 'float32'), ('uniform', 'outside'))
+    *itertools.product(LAYOUTS, ('bfloat16', 'float32'))
   )
-  def test_rows_come_and_go(self, shape, dtype, law):
+  def test_rows_come_and_go(self, shape, dtype):
     tokens, groups, choices, align, width = shape
     if choices * width * jnp.dtype(dtype).itemsize > mosaic_gpu.TOKEN_BYTES:
       self.skipTest('the rows of a token do not fit')
-    index_MX = indices(tokens, groups, choices, law)
+    index_MX = indices(tokens, groups, choices, 'outside')
     where = xla.plan(index_MX, groups, align)
     x_MD = rows(0, tokens, width, dtype)
     weight_MX = jax.random.uniform(jax.random.key(1), (tokens, choices))
@@ -218,9 +217,7 @@ class MoveTest(parameterized.TestCase):
 
 
 class LowerTest(parameterized.TestCase):
-  @parameterized.parameters(
-    *itertools.product((128, 8192, 8193, 32768), (256, 32))
-  )
+  @parameterized.parameters((8192, 256), (8193, 32), (32768, 256))
   def test_lowers_for_hopper_at_the_shapes_of_m2(self, tokens, groups):
     def layer(x_MD, score_ME, bias_E):
       index_MX, weight_MX = router.route(
