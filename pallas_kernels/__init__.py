@@ -6,15 +6,27 @@ plain jnp) and one file a backend. Usable without the rest of this repository.
 
 from pallas_kernels.attention.api import attention
 from pallas_kernels.gmm.api import grouped_matmul
-from pallas_kernels.permute.api import Permuted, permute, unpermute
+from pallas_kernels.permute.api import (
+  Permuted,
+  Plan,
+  combine,
+  gather,
+  permute,
+  plan,
+  unpermute,
+)
 from pallas_kernels.route.api import Routing, route
 
 __all__ = [
   'Permuted',
+  'Plan',
   'Routing',
   'attention',
+  'combine',
+  'gather',
   'grouped_matmul',
   'permute',
+  'plan',
   'route',
   'unpermute',
 ]

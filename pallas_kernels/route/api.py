@@ -5,9 +5,9 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.route import ref
+from pallas_kernels.route import mosaic_gpu, ref
 
-BACKENDS = {'xla': ref.route}
+BACKENDS = {'mosaic_gpu': mosaic_gpu.route, 'xla': ref.route}
 
 
 class Routing(NamedTuple):
@@ -49,7 +49,8 @@ def route(
   min_k = top_k if min_k is None else min_k
   if not 0 < min_k <= top_k <= experts:
     raise ValueError(f'need 0 < {min_k=} <= {top_k=} <= {experts=}')
-  run = dispatch.pick('route', impl, BACKENDS)
+  refusals = {'mosaic_gpu': mosaic_gpu.refusal(experts)}
+  run = dispatch.pick('route', impl, BACKENDS, refusals)
   return Routing(
     *run(score_ME, bias_E, top_k=top_k, min_k=min_k, min_share=min_share)
   )

@@ -125,10 +125,37 @@ def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def route(results: Sequence[dict[str, Any]]) -> str:
+  """What comes before and after the experts, evenly routed."""
+  rows = [
+    [
+      row['part'],
+      str(row['experts']),
+      f'{row["tokens"]:,}',
+      *(
+        f'{1e6 * row["seconds"][name]["median"]:.0f}'
+        for name in ('ours', 'torch', 'xla')
+      ),
+      f'{row["ratio_to_floor"]:.2f}',
+      result['device'],
+      f'`{result["commit"][:9]}`',
+    ]
+    for result in results
+    for row in result['rows']
+    if row['part'] in ('permute', 'combine') and row['routing'] == 'uniform'
+  ]
+  head = (
+    'part', 'experts', 'tokens', 'Pallas us', 'torch us', 'XLA us',
+    'over floor', 'device', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'quickstart': quickstart,
   'step_time': step_time,
   'grouped_matmul': grouped_matmul,
+  'route': route,
 }
 
 

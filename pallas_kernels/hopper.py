@@ -1,0 +1,21 @@
+"""What the kernels for Hopper GPUs share beside their own files."""
+
+import jax
+from jax import lax
+
+
+def refusal() -> str | None:
+  """Why such kernels cannot run on this device, or None."""
+  device = jax.local_devices()[0]
+  if device.platform != 'gpu' or device.compute_capability != '9.0':
+    return f'needs a Hopper GPU, not {device.device_kind}'
+  return None
+
+
+def varying_like(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Inside `shard_map`, marks `y` as differing over the axes that `x` does.
+
+  Kernels are not told on which axes their operands differ.
+  """
+  axes = jax.typeof(x).mat.varying - jax.typeof(y).mat.varying
+  return lax.pcast(y, tuple(axes), to='varying') if axes else y

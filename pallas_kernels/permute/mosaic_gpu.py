@@ -1,0 +1,397 @@
+"""Sorting tokens by group on Hopper GPUs, in Pallas Mosaic GPU.
+
+Nothing is sorted: where a (token, choice) goes is the start of its group, plus
+how many chose that group in the blocks before, plus its rank within its block.
+A block of 64 tokens gets its ranks from one product of a triangle of ones with
+its one-hot choices, exact in float32.
+
+Rows then move by bulk copies, each token's row once through shared memory: out
+to all its places, or in from all of them and summed. A row of M2 is one copy
+of 6 KB, so a single warpgroup keeps a multiprocessor's share of the memory
+bandwidth busy.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.permute import layout
+
+BAND = 64  # tokens that are ranked together: the height of a wgmma
+LANES = 8  # choices come in multiples of this
+GROUPS = 64  # groups come in multiples of this, a swizzled tile's width
+WIDEST = 256  # groups of a wgmma
+RANKERS = 128  # blocks that rank; each carries its counts along its tokens
+BOX = 256  # longest side of a bulk copy
+WIDTH = 128  # rows come in multiples of this, one value a thread
+TOKEN_BYTES = 48 << 10  # of all rows of a token: two lie in shared memory
+GATHER_SLOTS, GATHER_AHEAD = 8, 4  # rows in shared memory; loads in flight
+COMBINE_SLOTS = 2  # tokens whose rows are in shared memory
+RESIDENT = 2  # blocks a multiprocessor that move rows
+
+
+def plan_refusal(groups: int) -> str | None:
+  """Why these kernels cannot place rows of so many groups here, or None."""
+  if groups > WIDEST:
+    return f'places at most {WIDEST} groups, not {groups}'
+  return hopper.refusal()
+
+
+def rows_refusal(dtype: jnp.dtype, width: int, choices: int) -> str | None:
+  """Why these kernels cannot move such rows here, or None."""
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    return f'moves bfloat16 or float32, not {dtype}'
+  if width % WIDTH:
+    return f'needs rows in multiples of {WIDTH}, not {width}'
+  size = choices * width * dtype.itemsize
+  if size > TOKEN_BYTES:
+    return f'needs the rows of a token in {TOKEN_BYTES} bytes, not {size}'
+  return hopper.refusal()
+
+
+def plan(index_MX: jax.Array, groups: int, align: int) -> layout.Plan:
+  """See `pallas_kernels.permute.api.plan`."""
+  slots = index_MX.size
+  positions = layout.positions(slots, groups, align)
+  here_MX = (index_MX >= 0) & (index_MX < groups)
+  rank_MX, counts_BG, block = ranks(index_MX, groups)
+  blocks = counts_BG.shape[0]
+  # Sums of a comparison of all with all are one small kernel each on a GPU,
+  # where a scan is many. The last row is what all blocks together have.
+  earlier_CB = jnp.tri(blocks + 1, blocks, -1, dtype=jnp.int32)
+  before_CG = (earlier_CB[:, :, None] * counts_BG[None]).sum(1)
+  sizes_G = before_CG[-1]
+  padded_G = -(-sizes_G // align) * align
+  earlier_GG = jnp.tri(groups, k=-1, dtype=jnp.int32)
+  start_G = (earlier_GG * padded_G[None]).sum(1)
+  base_CG = before_CG + start_G[None]
+  block_M1 = jnp.arange(index_MX.shape[0])[:, None] // block
+  base_MX = base_CG.at[block_M1, jnp.where(here_MX, index_MX, 0)].get(
+    mode='promise_in_bounds'
+  )
+  place_MX = jnp.where(here_MX, base_MX + rank_MX, positions)
+  # No two of the places below P are equal, and those at P are dropped.
+  source_P = (
+    jnp.full(positions, slots, jnp.int32)
+    .at[place_MX.reshape(-1)]
+    .set(jnp.arange(slots, dtype=jnp.int32), mode='drop', unique_indices=True)
+  )
+  return layout.Plan(sizes_G, start_G, place_MX, source_P)
+
+
+def ranks(index_MX: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, int]:
+  """How many choices before each one, in its block, are of the same group.
+
+  Args:
+    index_MX: chosen groups; values outside [0, groups) choose none.
+    groups: number of groups G.
+
+  Returns:
+    int32 rank_MX, undefined where there is no group; int32 counts_BG, choices
+    of each group in each block; and how many tokens a block has.
+  """
+  tokens, choices = index_MX.shape
+  steps = pl.cdiv(pl.cdiv(tokens, BAND), RANKERS)
+  blocks = pl.cdiv(tokens, steps * BAND)
+  pad_M = blocks * steps * BAND - tokens
+  pad_X = -choices % LANES
+  if pad_M or pad_X:
+    index_MX = jnp.pad(index_MX, ((0, pad_M), (0, pad_X)), constant_values=-1)
+  width = groups + -groups % GROUPS
+  transforms = (
+    plgpu.TilingTransform((8, GROUPS)),
+    plgpu.SwizzleTransform(2 * GROUPS),
+  )
+  kernel = plgpu.kernel(
+    functools.partial(_rank_body, steps=steps, choices=choices),
+    out_type=(
+      jax.ShapeDtypeStruct(index_MX.shape, jnp.int32),
+      jax.ShapeDtypeStruct((blocks, width), jnp.int32),
+    ),
+    scratch_types={
+      'earlier_smem': plgpu.SMEM(
+        (BAND, BAND), jnp.bfloat16, transforms=transforms
+      ),
+      'chose_smem': plgpu.SMEM(
+        (BAND, GROUPS), jnp.bfloat16, transforms=transforms
+      ),
+    },
+    grid=(blocks,),
+    grid_names=('block',),
+    kernel_name='rank',
+  )
+  rank_MX, counts_BG = (
+    hopper.varying_like(index_MX, x) for x in kernel(index_MX.astype(jnp.int32))
+  )
+  return rank_MX[:tokens, :choices], counts_BG[:, :groups], steps * BAND
+
+
+def _rank_body(
+  index_ref, rank_ref, counts_ref, *, earlier_smem, chose_smem, steps, choices
+):
+  block = lax.axis_index('block')
+  wgmma = plgpu.Layout.WGMMA
+  iota = functools.partial(plgpu.broadcasted_iota, layout=wgmma)
+  square = BAND, GROUPS
+  later = iota(jnp.int32, square, 0) > iota(jnp.int32, square, 1)
+  earlier_smem[...] = jnp.where(later, 1.0, 0.0).astype(jnp.bfloat16)
+  slot = iota(jnp.int32, (BAND, index_ref.shape[1]), 1)
+  group = iota(jnp.int32, square, 1)
+
+  def spread(value, shape=square):
+    return lax.broadcast_in_dim(value, shape, (0,))
+
+  def among(chosen, first, carried):
+    """Ranks among GROUPS groups from `first` on, and new counts of them."""
+    here = [c - first for c in chosen]
+    chose = sum(jnp.where(spread(c) == group, 1.0, 0.0) for c in here)
+    counts = carried + jnp.sum(chose, axis=0)
+    chose_smem[...] = chose.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+
+    def product(acc):
+      plgpu.wgmma(acc, earlier_smem, chose_smem)
+      plgpu.wgmma_wait(0)
+      return acc[...]
+
+    before = pl.run_scoped(product, plgpu.ACC(square, jnp.float32))
+    before += lax.broadcast_in_dim(carried, square, (1,))
+    # Compared as another type, so that the compiler does not keep the first
+    # comparisons, more than there are registers, instead of repeating them.
+    group_f = group.astype(jnp.float32)
+    ranks = [
+      jnp.sum(
+        jnp.where(spread(c.astype(jnp.float32)) == group_f, before, 0.0), axis=1
+      )
+      for c in here
+    ]
+    return ranks, counts
+
+  def step(index, carried):
+    first = pl.multiple_of((block * steps + index) * BAND, BAND)
+    rows = pl.ds(first, BAND)
+    index_MX = plgpu.load(index_ref.at[rows], layout=wgmma, optimized=False)
+    chosen = [
+      jnp.sum(jnp.where(slot == x, index_MX, 0), axis=1) for x in range(choices)
+    ]
+    parts = [
+      among(chosen, part * GROUPS, counts)
+      for part, counts in enumerate(carried)
+    ]
+    ranks = jnp.zeros(slot.shape, jnp.float32)
+    for x in range(choices):
+      rank = sum(part[0][x] for part in parts)
+      for y in range(x):  # a token may choose a group twice
+        rank += jnp.where(chosen[y] == chosen[x], 1.0, 0.0)
+      ranks = jnp.where(slot == x, spread(rank, slot.shape), ranks)
+    rank_ref[rows] = ranks.astype(jnp.int32)
+    return tuple(part[1] for part in parts)
+
+  none = plgpu.layout_cast(jnp.zeros(GROUPS, jnp.float32), wgmma.reduce(0))
+  carried = (none,) * (counts_ref.shape[1] // GROUPS)
+  for part, counts in enumerate(lax.fori_loop(0, steps, step, carried)):
+    groups = pl.ds(part * GROUPS, GROUPS)
+    counts_ref[block, groups] = counts.astype(jnp.int32)
+
+
+def _box(width: int) -> tuple[int, int]:
+  """`width` as two sides that a bulk copy can have, both at most BOX."""
+  side = next(s for s in range(BOX, 0, -LANES) if width % s == 0)
+  return width // side, side
+
+
+def gather(
+  x_MD: jax.Array, plan: layout.Plan, *, blocks: int | None = None
+) -> jax.Array:
+  """Copies each token's row to its places; zeros where there is no token.
+
+  Args:
+    x_MD: tokens, bfloat16 or float32.
+    plan: their places, and where groups begin and end.
+    blocks: persistent blocks; None takes two a multiprocessor.
+
+  Returns:
+    x_PD in the dtype of `x_MD`.
+  """
+  positions = plan.source_P.shape[0]
+  tokens, width = x_MD.shape
+  box = _box(width)
+  kernel = plgpu.kernel(
+    _gather_body,
+    out_type=jax.ShapeDtypeStruct((positions, *box), x_MD.dtype),
+    scratch_types={
+      'ring': plgpu.SMEM((GATHER_SLOTS, *box), x_MD.dtype),
+      'zero': plgpu.SMEM(box, x_MD.dtype),
+      'full': plgpu.Barrier(num_barriers=GATHER_SLOTS),
+    },
+    grid=(blocks or _blocks(),),
+    grid_names=('block',),
+    kernel_name='gather_rows',
+  )
+  x_PD = kernel(
+    x_MD.reshape(tokens, *box), plan.sizes_G, plan.start_G, plan.place_MX
+  )
+  return hopper.varying_like(x_MD, x_PD.reshape(positions, width))
+
+
+def _gather_body(
+  x_ref, sizes_ref, start_ref, place_ref, out_ref, *, ring, zero, full
+):
+  block, blocks = lax.axis_index('block'), lax.axis_size('block')
+  tokens, choices = place_ref.shape
+  groups, positions = sizes_ref.shape[0], out_ref.shape[0]
+  mine = lax.div(tokens - block + blocks - 1, blocks)
+
+  def load(index):
+    slot = lax.rem(index, GATHER_SLOTS)
+    source = x_ref.at[block + index * blocks]
+    plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+
+  for index in range(GATHER_AHEAD):
+    pl.when(index < mine)(functools.partial(load, index))
+
+  zero[...] = jnp.zeros(zero.shape, zero.dtype)
+  plgpu.commit_smem()
+
+  def clear(position, _):
+    plgpu.copy_smem_to_gmem(zero, out_ref.at[position])
+
+  def gap(index, _):
+    group = block + index * blocks
+    end = start_ref[group] + sizes_ref[group]
+    lax.fori_loop(end, start_ref[group + 1], clear, None)
+
+  # A gap is at most align - 1 rows, except that after the last group.
+  lax.fori_loop(0, lax.div(groups - block + blocks - 2, blocks), gap, None)
+  tail = start_ref[groups - 1] + sizes_ref[groups - 1] + block
+  left = lax.div(jnp.maximum(positions - tail + blocks - 1, 0), blocks)
+  lax.fori_loop(
+    0, left, lambda index, _: clear(tail + index * blocks, None), None
+  )
+
+  def token(index, _):
+    slot = lax.rem(index, GATHER_SLOTS)
+    places = [place_ref[block + index * blocks, x] for x in range(choices)]
+    plgpu.barrier_wait(full.at[slot])
+    for position in places:
+
+      @pl.when(position < positions)
+      def _(position=position):
+        plgpu.copy_smem_to_gmem(
+          ring.at[slot], out_ref.at[position], commit_group=False
+        )
+
+    plgpu.commit_smem_to_gmem_group()
+    # The slot filled next was stored from SLOTS - AHEAD tokens ago.
+    plgpu.wait_smem_to_gmem(GATHER_SLOTS - GATHER_AHEAD, wait_read_only=True)
+    pl.when(index + GATHER_AHEAD < mine)(
+      functools.partial(load, index + GATHER_AHEAD)
+    )
+
+  lax.fori_loop(0, mine, token, None)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def combine(
+  y_PD: jax.Array,
+  place_MX: jax.Array,
+  weight_MX: jax.Array | None,
+  *,
+  blocks: int | None = None,
+) -> jax.Array:
+  """Sums the rows at each token's places, times weights, in float32.
+
+  Args:
+    y_PD: rows, bfloat16 or float32.
+    place_MX: positions of each token's rows, or P for a row of zeros.
+    weight_MX: float32 weights; None takes 1.
+    blocks: persistent blocks; None takes two a multiprocessor.
+
+  Returns:
+    y_MD in the dtype of `y_PD`.
+  """
+  positions, width = y_PD.shape
+  tokens, choices = place_MX.shape
+  box = _box(width)
+  weights = () if weight_MX is None else (weight_MX.astype(jnp.float32),)
+  kernel = plgpu.kernel(
+    _combine_body if weights else functools.partial(_combine_body, None),
+    out_type=jax.ShapeDtypeStruct((tokens, *box), y_PD.dtype),
+    scratch_types={
+      'ring': plgpu.SMEM((COMBINE_SLOTS, choices, *box), y_PD.dtype),
+      'staging': plgpu.SMEM((2, *box), y_PD.dtype),
+      'full': plgpu.Barrier(num_arrivals=choices, num_barriers=COMBINE_SLOTS),
+    },
+    grid=(blocks or _blocks(),),
+    grid_names=('block',),
+    kernel_name='combine_rows',
+  )
+  y_MD = kernel(*weights, place_MX, y_PD.reshape(positions, *box))
+  return hopper.varying_like(y_PD, y_MD.reshape(tokens, width))
+
+
+def _combine_body(
+  weight_ref, place_ref, y_ref, out_ref, *, ring, staging, full
+):
+  block, blocks = lax.axis_index('block'), lax.axis_size('block')
+  tokens, choices = place_ref.shape
+  mine = lax.div(tokens - block + blocks - 1, blocks)
+
+  def load(index):
+    slot = lax.rem(index, COMBINE_SLOTS)
+    for x in range(choices):
+      # Position P is past the end, where a bulk copy reads zeros.
+      position = place_ref[block + index * blocks, x]
+      plgpu.copy_gmem_to_smem(
+        y_ref.at[position], ring.at[slot, x], full.at[slot]
+      )
+
+  for index in range(COMBINE_SLOTS):
+    pl.when(index < mine)(functools.partial(load, index))
+
+  def token(index, _):
+    slot, half = lax.rem(index, COMBINE_SLOTS), lax.rem(index, 2)
+    number = block + index * blocks
+    plgpu.barrier_wait(full.at[slot])
+    total = jnp.zeros(staging.shape[1:], jnp.float32)
+    for x in range(choices):
+      row = ring[slot, x].astype(jnp.float32)
+      total += row if weight_ref is None else weight_ref[number, x] * row
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    staging[half] = total.astype(staging.dtype)
+    # All threads have read the slot once they are here.
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging.at[half], out_ref.at[number])
+    pl.when(index + COMBINE_SLOTS < mine)(
+      functools.partial(load, index + COMBINE_SLOTS)
+    )
+
+  lax.fori_loop(0, mine, token, None)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def weight_gradient(
+  y_PD: jax.Array, dy_MD: jax.Array, place_MX: jax.Array
+) -> jax.Array:
+  """float32 products of each token's rows with the gradient of their sum."""
+  dy_MD = dy_MD.astype(jnp.float32)
+  # One slot at a time: XLA then gathers inside the sum.
+  return jnp.stack(
+    [
+      (y_PD.at[place_M].get(mode='fill', fill_value=0) * dy_MD).sum(1)
+      for place_M in place_MX.T
+    ],
+    axis=1,
+  )
+
+
+def _blocks() -> int:
+  return RESIDENT * jax.local_devices()[0].core_count
+
+
+MOVES = layout.Moves(gather, combine, weight_gradient)

@@ -1,0 +1,309 @@
+"""Hopper's routing and permutation against the specification.
+
+On a CPU the kernels run in Pallas' interpreter at small sizes; on a Hopper GPU
+the same tests run the compiled kernels, at the sizes of the model too:
+`python -m tests.pallas_kernels.route_mosaic_gpu_test`.
+"""
+
+import contextlib
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_kernels
+from pallas_kernels.permute import api, layout, mosaic_gpu, xla
+from pallas_kernels.route import mosaic_gpu as router
+from pallas_kernels.route import ref
+
+WEIGHT_TOLERANCE = 1e-6  # of float32 weights and their gradients
+ROW_TOLERANCE = {'bfloat16': 4e-3, 'float32': 1e-6}  # in norm: one rounding
+CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
+GPU = jax.default_backend() == 'gpu'
+# Tokens, experts, top_k, min_k: not multiples of anything; all, and 2 to 4.
+CHOICES = ((1, 5, 2, 2), (37, 130, 8, 8), (19, 24, 4, 2))
+# Tokens, groups, choices, alignment, width.
+LAYOUTS = ((1, 1, 1, 1, 128), (70, 6, 3, 8, 128), (130, 70, 2, 8, 384))
+if GPU:
+  CHOICES += ((1, 256, 8, 8), (7, 64, 4, 2), (128, 32, 8, 8), (8192, 256, 8, 8))
+  CHOICES += ((8193, 64, 8, 8), (8193, 64, 4, 2), (100, 512, 8, 8))
+  LAYOUTS += ((1, 256, 8, 8, 3072), (7, 64, 8, 8, 3072), (128, 32, 8, 8, 3072))
+  LAYOUTS += ((8192, 256, 8, 8, 3072), (8193, 5, 8, 8, 3072))
+  LAYOUTS += ((8192, 256, 8, 64, 1536), (32768, 256, 8, 8, 3072))
+# Few blocks on a CPU, so that each walks several tokens and gaps.
+BLOCKS = None if GPU else 3
+MOVES = layout.Moves(
+  functools.partial(mosaic_gpu.gather, blocks=BLOCKS),
+  functools.partial(mosaic_gpu.combine, blocks=BLOCKS),
+  mosaic_gpu.weight_gradient,
+)
+
+
+def compiled_here():
+  """Interprets the kernels where there is no GPU."""
+  if GPU:
+    return contextlib.nullcontext()
+  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+
+
+def poison():
+  """Leaves NaN in the memory that the next results will take."""
+  if GPU:
+    jnp.full(1 << 30, jnp.nan, jnp.float32).block_until_ready().delete()
+
+
+def scores(tokens, experts, levels):
+  """Sigmoid scores and a bias; `levels` > 0 makes many of them equal."""
+  keys = jax.random.split(jax.random.key(tokens + experts), 2)
+  score_ME = jax.nn.sigmoid(jax.random.normal(keys[0], (tokens, experts)))
+  bias_E = jax.random.normal(keys[1], (experts,)) / 8
+  if levels:
+    score_ME, bias_E = (
+      jnp.ceil(z * levels) / levels for z in (score_ME, bias_E)
+    )
+  return score_ME, bias_E
+
+
+def indices(tokens, groups, choices, law='uniform'):
+  """Choices of which some are of no group, some repeat within a token."""
+  rng = np.random.default_rng(tokens + groups)
+  low, high = {
+    'uniform': (0, groups),
+    'outside': (-groups, 2 * groups),
+    'few': (max(0, groups - 8), groups),
+  }[law]
+  return jnp.asarray(rng.integers(low, high, (tokens, choices)), jnp.int32)
+
+
+def rows(seed, count, width, dtype):
+  key = jax.random.key(seed)
+  return jax.random.normal(key, (count, width)).astype(dtype)
+
+
+def assert_close(test, got, want, tolerance):
+  got, want = np.float64(got), np.float64(want)
+  test.assertEqual(got.shape, want.shape)
+  test.assertTrue(np.isfinite(got).all())
+  error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
+  test.assertLess(error, tolerance)
+
+
+class RouteTest(parameterized.TestCase):
+  @parameterized.parameters(*itertools.product(CHOICES, (0, 16)))
+  def test_equals_the_specification(self, shape, levels):
+    tokens, experts, top_k, min_k = shape
+    score_ME, bias_E = scores(tokens, experts, levels)
+    options = {'top_k': top_k, 'min_k': min_k, 'min_share': 0.2123}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(route):
+      routing, pull = jax.vjp(
+        lambda s, b: route(s, b, **options), score_ME, bias_E
+      )
+      dweight_MX = jax.random.normal(jax.random.key(2), (tokens, top_k))
+      none = np.zeros((tokens, top_k), jax.dtypes.float0)
+      return routing, pull((none, dweight_MX))
+
+    poison()
+    with compiled_here():
+      (index_MX, weight_MX), (dscore_ME, dbias_E) = run(router.route)
+    (want_MX, weights_MX), (dwant_ME, _) = run(ref.route)
+    np.testing.assert_array_equal(index_MX, want_MX)
+    np.testing.assert_allclose(weight_MX, weights_MX, atol=WEIGHT_TOLERANCE)
+    assert_close(self, dscore_ME, dwant_ME, WEIGHT_TOLERANCE)
+    self.assertFalse(np.asarray(dbias_E).any())
+    if min_k < top_k and tokens > 1:
+      self.assertTrue((np.asarray(index_MX) == experts).any())
+
+  def test_order_is_that_of_floats(self):
+    """A bias may be anything, infinities and both zeros included."""
+    bias_E = jnp.asarray([0.0, -0.0, -jnp.inf, 3e-42, -3.0, jnp.inf, -0.0, 1])
+    score_ME = jnp.zeros((3, 8))
+    with compiled_here():
+      index_MX, _ = router.route(
+        score_ME, bias_E, top_k=8, min_k=8, min_share=0.0
+      )
+    want_MX, _ = ref.route(score_ME, bias_E, top_k=8, min_k=8, min_share=0.0)
+    np.testing.assert_array_equal(index_MX, want_MX)
+
+
+class PlanTest(parameterized.TestCase):
+  @parameterized.parameters(*itertools.product(LAYOUTS, ('outside', 'few')))
+  def test_equals_a_sort(self, shape, law):
+    tokens, groups, choices, align, _ = shape
+    index_MX = indices(tokens, groups, choices, law)
+    with compiled_here():
+      got = jax.jit(mosaic_gpu.plan, static_argnums=(1, 2))(
+        index_MX, groups, align
+      )
+    for ours, want in zip(got, xla.plan(index_MX, groups, align)):
+      self.assertEqual(ours.dtype, want.dtype)
+      np.testing.assert_array_equal(ours, want)
+
+  def test_blocks_carry_their_counts(self):
+    index_MX = indices(300, 70, 2)
+    before = mosaic_gpu.RANKERS
+    self.addCleanup(setattr, mosaic_gpu, 'RANKERS', before)
+    mosaic_gpu.RANKERS = 2
+    with compiled_here():
+      got = mosaic_gpu.plan(index_MX, 70, 8)
+    jax.tree.map(np.testing.assert_array_equal, got, xla.plan(index_MX, 70, 8))
+
+
+class MoveTest(parameterized.TestCase):
+  @parameterized.parameters(
+    *itertools.product(LAYOUTS, ('bfloat16', 'float32'))
+  )
+  def test_rows_come_and_go(self, shape, dtype):
+    tokens, groups, choices, align, width = shape
+    if choices * width * jnp.dtype(dtype).itemsize > mosaic_gpu.TOKEN_BYTES:
+      self.skipTest('the rows of a token do not fit')
+    index_MX = indices(tokens, groups, choices, 'outside')
+    where = xla.plan(index_MX, groups, align)
+    x_MD = rows(0, tokens, width, dtype)
+    weight_MX = jax.random.uniform(jax.random.key(1), (tokens, choices))
+    dy_MD = rows(2, tokens, width, dtype)
+    dx_PD = rows(3, len(where.source_P), width, dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(moves):
+      x_PD, pull_x = jax.vjp(lambda x: api._gather(moves, x, where), x_MD)
+      y_MD, pull_y = jax.vjp(
+        lambda y, w: api._combine(moves, y, w, where.place_MX, where.source_P),
+        dx_PD,
+        weight_MX,
+      )
+      return x_PD, y_MD, *pull_x(dx_PD), *pull_y(dy_MD)
+
+    poison()
+    with compiled_here():
+      got = run(MOVES)
+    want = run(xla.MOVES)
+    np.testing.assert_array_equal(
+      np.float32(got[0]), np.float32(want[0]), err_msg='gather'
+    )
+    for ours, spec, name in zip(got, want, ('x', 'y', 'dx', 'dy', 'dw')):
+      self.assertEqual(ours.dtype, spec.dtype, name)
+      tolerance = ROW_TOLERANCE['bfloat16' if name == 'dw' else dtype]
+      assert_close(self, ours, spec, tolerance)
+
+  def test_runs_are_bitwise_equal(self):
+    if not GPU:
+      self.skipTest('the interpreter is sequential; a GPU is not')
+    score_ME, bias_E = scores(8193, 256, 0)
+    x_MD = rows(0, 8193, 3072, jnp.bfloat16)
+
+    @jax.jit
+    def run(score_ME, x_MD):
+      routing = pallas_kernels.route(score_ME, bias_E, top_k=8)
+
+      def layer(x_MD, weight_MX):
+        moved = pallas_kernels.permute(x_MD, routing.index_MX, 256, align=8)
+        return pallas_kernels.unpermute(moved.x_PD, moved, weight_MX)
+
+      y_MD, pull = jax.vjp(layer, x_MD, routing.weight_MX)
+      return *routing, y_MD, *pull(y_MD)
+
+    first = run(score_ME, x_MD)
+    assert_close(self, first[2], x_MD, ROW_TOLERANCE['bfloat16'])
+    for _ in range(5):
+      poison()
+      for a, b in zip(first, run(score_ME, x_MD)):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
+class LowerTest(parameterized.TestCase):
+  @parameterized.parameters((8192, 256), (8193, 32), (32768, 256))
+  def test_lowers_for_hopper_at_the_shapes_of_m2(self, tokens, groups):
+    def layer(x_MD, score_ME, bias_E):
+      index_MX, weight_MX = router.route(
+        score_ME, bias_E, top_k=8, min_k=8, min_share=0.0
+      )
+      where = mosaic_gpu.plan(index_MX, groups, 8)
+      x_PD = mosaic_gpu.gather(x_MD, where, blocks=264)
+      return mosaic_gpu.combine(x_PD, where.place_MX, weight_MX, blocks=264)
+
+    exported = jax.export.export(
+      jax.jit(layer),
+      platforms=['cuda'],
+      disabled_checks=[
+        jax.export.DisabledSafetyCheck.custom_call(name)
+        for name in CUSTOM_CALLS
+      ],
+    )(
+      jax.ShapeDtypeStruct((tokens, 3072), jnp.bfloat16),
+      jax.ShapeDtypeStruct((tokens, groups), jnp.float32),
+      jax.ShapeDtypeStruct((groups,), jnp.float32),
+    )
+    self.assertEqual(exported.out_avals[0].shape, (tokens, 3072))
+    self.assertIn('mosaic_gpu', exported.mlir_module())
+
+  def test_keeps_the_axes_over_which_operands_differ(self):
+    mesh = jax.make_mesh((1,), ('expert',))
+    split = jax.P('expert')
+
+    def local(x_MD, score_ME, bias_E):
+      def layer(x_MD, score_ME):
+        index_MX, weight_MX = router.route(
+          score_ME, bias_E, top_k=2, min_k=2, min_share=0.0
+        )
+        where = mosaic_gpu.plan(index_MX - jax.lax.axis_index('expert'), 4, 8)
+        moves = layout.Moves(
+          functools.partial(mosaic_gpu.gather, blocks=264),
+          functools.partial(mosaic_gpu.combine, blocks=264),
+          mosaic_gpu.weight_gradient,
+        )
+        x_PD = api._gather(moves, x_MD, where)
+        return api._combine(
+          moves, x_PD, weight_MX, where.place_MX, where.source_P
+        )
+
+      y_MD, pull = jax.vjp(layer, x_MD, score_ME)
+      return y_MD, *pull(y_MD)
+
+    with jax.set_mesh(mesh):
+      shapes = [
+        jax.ShapeDtypeStruct(
+          shape, dtype, sharding=jax.NamedSharding(mesh, spec)
+        )
+        for shape, dtype, spec in (
+          ((64, 256), jnp.bfloat16, split),
+          ((64, 8), jnp.float32, split),
+          ((8,), jnp.float32, jax.P()),
+        )
+      ]
+      found = jax.eval_shape(
+        jax.shard_map(
+          local, in_specs=(split, split, jax.P()), out_specs=(split,) * 3
+        ),
+        *shapes,
+      )
+    self.assertEqual([z.shape for z in found], [(64, 256), (64, 256), (64, 8)])
+
+  def test_refuses_what_it_cannot_do(self):
+    self.assertIn('512 experts', router.refusal(513))
+    self.assertIn('256 groups', mosaic_gpu.plan_refusal(257))
+    refusal = mosaic_gpu.rows_refusal
+    self.assertIn('float16', refusal(jnp.dtype('float16'), 128, 1))
+    self.assertIn('96', refusal(jnp.dtype('float32'), 96, 1))
+    self.assertIn('bytes', refusal(jnp.dtype('float32'), 3072, 8))
+    if GPU:
+      self.skipTest('nothing else is refused on a Hopper GPU')
+    score_ME, bias_E = scores(2, 8, 0)
+    with self.assertRaisesRegex(NotImplementedError, 'needs a Hopper GPU'):
+      pallas_kernels.route(score_ME, bias_E, top_k=2, impl='mosaic_gpu')
+    index_MX = indices(2, 8, 2)
+    with self.assertRaisesRegex(NotImplementedError, 'needs a Hopper GPU'):
+      pallas_kernels.plan(index_MX, 8, impl='mosaic_gpu')
+    with self.assertRaisesRegex(NotImplementedError, 'needs a Hopper GPU'):
+      pallas_kernels.gather(
+        jnp.zeros((2, 128)), xla.plan(index_MX, 8, 1), impl='mosaic_gpu'
+      )
+
+
+if __name__ == '__main__':
+  absltest.main()
