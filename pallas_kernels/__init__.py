@@ -5,14 +5,17 @@ plain jnp) and one file a backend. Usable without the rest of this repository.
 """
 
 from pallas_kernels.attention.api import attention
+from pallas_kernels.decode.api import Quantized, decode_experts
 from pallas_kernels.gmm.api import grouped_matmul
 from pallas_kernels.permute.api import Permuted, permute, unpermute
 from pallas_kernels.route.api import Routing, route
 
 __all__ = [
   'Permuted',
+  'Quantized',
   'Routing',
   'attention',
+  'decode_experts',
   'grouped_matmul',
   'permute',
   'route',
