@@ -217,24 +217,17 @@ def shared_bytes(cut: Cut) -> int:
 
 def _scratch(cut: Cut) -> dict:
   """The ring of stages, the staging of results, and their barriers."""
-
-  def swizzled(shape, dtype):
-    chunk = pipeline.SWIZZLE // jnp.dtype(dtype).itemsize
-    transforms = (
-      plgpu.TilingTransform((pipeline.ALIGN, chunk)),
-      plgpu.SwizzleTransform(pipeline.SWIZZLE),
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
   tile = cut.widths[-1]
   if cut.quantised:
     dtype, shape = jnp.float8_e4m3fn, (cut.columns, cut.depth)
   else:
     dtype, shape = jnp.bfloat16, (cut.depth, cut.columns)
   return {
-    'x_smem': swizzled((cut.stages, tile, cut.depth), jnp.bfloat16),
-    'w_smem': swizzled((cut.stages, cut.matrices, *shape), dtype),
-    'out_smem': swizzled((pipeline.CONSUMERS, tile, cut.share), jnp.bfloat16),
+    'x_smem': pipeline.swizzled((cut.stages, tile, cut.depth), jnp.bfloat16),
+    'w_smem': pipeline.swizzled((cut.stages, cut.matrices, *shape), dtype),
+    'out_smem': pipeline.swizzled(
+      (pipeline.CONSUMERS, tile, cut.share), jnp.bfloat16
+    ),
     'full': plgpu.Barrier(
       num_arrivals=cut.matrices + 1, num_barriers=cut.stages
     ),
@@ -327,30 +320,15 @@ def _sum(x_smem, w_smem, warpgroup, width, steps, ring, full, empty, cut):
   """Products of plain weights, summed over the stages of the ring."""
   mine = pl.ds(warpgroup * cut.share, cut.share)
 
-  def scope(*accs):
-    def body(index, _):
-      slot = lax.rem(ring + index, cut.stages)
-      plgpu.barrier_wait(full.at[slot])
-      x_KN = x_smem.at[slot, pl.ds(0, width)].transpose((1, 0))
-      for matrix, acc in enumerate(accs):
-        w_smem_mine = w_smem.at[slot, matrix, :, mine].transpose((1, 0))
-        plgpu.wgmma(acc, w_smem_mine, x_KN)
-      # The products of the stage before are done: it may be filled again.
-      plgpu.wgmma_wait(cut.matrices)
+  def step(accs, slot, index):
+    del index
+    x_KN = x_smem.at[slot, pl.ds(0, width)].transpose((1, 0))
+    for matrix, acc in enumerate(accs):
+      w = w_smem.at[slot, matrix, :, mine].transpose((1, 0))
+      plgpu.wgmma(acc, w, x_KN)
 
-      @pl.when(index > 0)
-      def _():
-        before = lax.rem(ring + index - 1, cut.stages)
-        plgpu.barrier_arrive(empty.at[before])
-
-    lax.fori_loop(0, steps, body, None)
-    plgpu.wgmma_wait(0)
-    last = lax.rem(ring + steps - 1, cut.stages)
-    plgpu.barrier_arrive(empty.at[last])
-    return tuple(acc[...] for acc in accs)
-
-  accs = [plgpu.ACC((cut.share, width), jnp.float32)] * cut.matrices
-  return pl.run_scoped(scope, *accs)
+  shapes = [(cut.share, width)] * cut.matrices
+  return pipeline.accumulate(step, steps, ring, full, empty, cut, shapes)
 
 
 def _sum_scaled(
