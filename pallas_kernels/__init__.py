@@ -5,6 +5,8 @@ plain jnp) and one file a backend. Usable without the rest of this repository.
 """
 
 from pallas_kernels.attention.api import attention
+from pallas_kernels.decode.api import Quantized, decode_experts
+from pallas_kernels.experts.api import experts
 from pallas_kernels.gmm.api import grouped_matmul
 from pallas_kernels.permute.api import (
   Permuted,
@@ -20,9 +22,12 @@ from pallas_kernels.route.api import Routing, route
 __all__ = [
   'Permuted',
   'Plan',
+  'Quantized',
   'Routing',
   'attention',
   'combine',
+  'decode_experts',
+  'experts',
   'gather',
   'grouped_matmul',
   'permute',

@@ -165,3 +165,42 @@ def autotune(
   if not seconds:
     raise ValueError('autotune needs at least one candidate')
   return min(seconds, key=seconds.get), seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTiles:
+  """How a product of a few tokens with their experts is cut up.
+
+  Attributes:
+    columns: output features of a block.
+    depth: contraction length of one pipeline stage.
+    stages: most stages in flight; fewer if shared memory does not hold them.
+    tokens: most tokens that are multiplied together.
+  """
+
+  columns: int = 128
+  depth: int = 128
+  stages: int = 8
+  tokens: int = 64
+
+  def __post_init__(self):
+    if self.columns not in (128, 256) or self.depth not in (64, 128, 256):
+      raise ValueError(
+        f'{self}: columns must be 128 or 256, depth 64, 128 or 256'
+      )
+    if self.stages < 2 or self.tokens not in (8, 16, 32, 64, 128):
+      raise ValueError(f'{self}: needs 2 stages, and 8 to 128 tokens')
+
+
+def lookup_decode(
+  device_kind: str, operation: str, shape: tuple[int, int]
+) -> DecodeTiles:
+  """The tiles measured best for this device and shape, or the default.
+
+  Args:
+    device_kind: as `jax.Device.device_kind` has it.
+    operation: 'decode_up' or 'decode_down', with '_fp8' for such weights.
+    shape: widths of the contraction and of the output.
+  """
+  entry = _table().get(device_kind, {}).get(operation, {})
+  return DecodeTiles(**entry.get('x'.join(map(str, shape)), {}))

@@ -1,0 +1,199 @@
+"""The Hopper kernels for a few tokens against the specification.
+
+On a CPU they run in Pallas' interpreter, at the smallest tiles; on a Hopper GPU
+the same tests run the compiled kernels, and more at the sizes of the model:
+`python -m tests.pallas_kernels.decode_mosaic_gpu_test`.
+"""
+
+import contextlib
+import functools
+import unittest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import decode_experts
+from pallas_kernels import tiles as tile_tables
+from pallas_kernels.decode import mosaic_gpu
+from pallas_kernels.decode import plan as plans
+from tests.pallas_kernels import decode_cases as cases
+
+SMALL = cases.Shape(experts=4, width=256, hidden=128)
+M2 = cases.Shape(experts=256, width=3072, hidden=1536)
+TILES = tile_tables.DecodeTiles(depth=128, stages=2, tokens=16)
+BLOCKS = 2  # persistent blocks, so that each walks several tiles
+CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
+ON_GPU = jax.default_backend() == 'gpu'
+
+
+def plain_products(codes, x_KN):
+  """Stands in for `multiply_codes`, which the interpreter cannot run.
+
+  It has no products whose operand is in registers; everything around it runs.
+  """
+  x_KN = x_KN[...].astype(jnp.float32)
+  return tuple(jnp.dot(code.astype(jnp.float32), x_KN) for code in codes)
+
+
+@contextlib.contextmanager
+def compiled_here():
+  """Interprets the kernels where there is no GPU."""
+  if ON_GPU:
+    yield
+    return
+  substitute = unittest.mock.patch.object(
+    mosaic_gpu, 'multiply_codes', plain_products
+  )
+  with substitute, plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    yield
+
+
+def run_small(*args, **options):
+  options = {
+    'up_tiles': TILES,
+    'down_tiles': TILES,
+    'blocks': BLOCKS,
+  } | options
+  with compiled_here():
+    return mosaic_gpu.decode_experts(*args, **options)
+
+
+class MosaicGpuTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    # Values outside [0, 4) choose nobody.
+    ('few', np.array([[0, 2], [2, 7], [-1, 9]]), False),
+    ('few_fp8', np.array([[0, 2], [2, 7], [-1, 9]]), True),
+    # A group of one row, one of two tiles, an empty one, one of 16 rows.
+    ('many', np.array([[0, 1]] + [[1, -1]] * 16 + [[3, 1]] * 10), False),
+    ('many_fp8', np.array([[0, 1]] + [[1, -1]] * 16 + [[3, 1]] * 10), True),
+  )
+  def test_small(self, index_MX, quantised):
+    args = cases.tokens(0, index_MX, SMALL.width)
+    # A token that chose nobody: its rows must not reach any other.
+    x_MD = args[0].at[(index_MX % 10 > 3).all(1)].set(jnp.nan)
+    args = (x_MD, *args[1:])
+    args += cases.matrices(jax.random.key(1), SMALL, quantised)
+    want = cases.EXPECTED(jnp.nan_to_num(x_MD), *args[1:])
+    got = run_small(*args)
+    self.assertEqual(got.dtype, jnp.bfloat16)
+    self.assertLess(cases.error(got, want), cases.TOLERANCE)
+
+  def test_nobody_chose_anybody(self):
+    args = cases.tokens(0, np.full((9, 1), 4), SMALL.width)
+    args += cases.matrices(jax.random.key(1), SMALL, False)
+    self.assertFalse(np.float32(run_small(*args)).any())
+
+  def test_wide_blocks_and_shallow_stages(self):
+    shape = cases.Shape(experts=2, width=256, hidden=256)
+    args = cases.tokens(0, np.array([[1]]), shape.width)
+    args += cases.matrices(jax.random.key(1), shape, False)
+    wide = tile_tables.DecodeTiles(columns=256, depth=64, stages=3, tokens=8)
+    got = run_small(*args, up_tiles=wide, down_tiles=wide)
+    want = cases.EXPECTED(*args)
+    self.assertLess(cases.error(got, want), cases.TOLERANCE)
+
+  @parameterized.product(count=(1, 64, 256), quantised=(False, True))
+  def test_lowers_for_hopper_at_the_shapes_of_m2(self, count, quantised):
+    args = jax.eval_shape(
+      lambda: (
+        *cases.tokens(0, np.zeros((count, 8)), M2.width),
+        *cases.matrices(jax.random.key(0), M2, quantised),
+      )
+    )
+    tiles = tile_tables.DecodeTiles(tokens=64 if quantised else 128)
+    run = functools.partial(
+      mosaic_gpu.decode_experts, up_tiles=tiles, down_tiles=tiles, blocks=132
+    )
+    exported = jax.export.export(
+      jax.jit(run),
+      platforms=['cuda'],
+      disabled_checks=[
+        jax.export.DisabledSafetyCheck.custom_call(name)
+        for name in CUSTOM_CALLS
+      ],
+    )(*args)
+    self.assertIn('mosaic_gpu', exported.mlir_module())
+
+  def test_tiles_are_cut_to_what_shared_memory_holds(self):
+    for tokens in mosaic_gpu.WIDTHS:
+      for depth in (64, 128, 256):
+        tiles = tile_tables.DecodeTiles(depth=depth, stages=99, tokens=tokens)
+        for quantised in (False, True):
+          cut = mosaic_gpu.fit(tiles, (3072, 1536), 2, quantised, tokens, False)
+          held = mosaic_gpu.shared_bytes(cut)
+          self.assertLessEqual(held, mosaic_gpu.SHARED_BYTES, cut)
+    tiles = tile_tables.DecodeTiles(columns=256, depth=256, tokens=128)
+    with self.assertRaisesRegex(ValueError, 'two stages do not fit'):
+      mosaic_gpu.fit(tiles, (3072, 1536), 2, True, 128, False)
+    small = mosaic_gpu.fit(tiles, (384, 640), 1, True, 8, False)
+    self.assertEqual((small.depth, small.columns), (128, 128))
+
+
+@unittest.skipUnless(ON_GPU, 'the sizes of the model need a GPU')
+class FullSizeTest(parameterized.TestCase):
+  @functools.cache
+  @staticmethod
+  def experts(quantised):
+    return cases.matrices(jax.random.key(0), M2, quantised)
+
+  def check(self, index_MX, quantised):
+    args = cases.tokens(len(index_MX), index_MX, M2.width)
+    args += self.experts(quantised)
+    got = jax.jit(decode_experts, static_argnames='impl')(
+      *args, impl='mosaic_gpu'
+    )
+    want = cases.EXPECTED(*args)
+    self.assertLess(cases.error(got, want), cases.TOLERANCE)
+
+  @parameterized.product(
+    quantised=(False, True), count=(1, 3, 8, 9, 16, 31, 64, 128, 256)
+  )
+  def test_evenly(self, count, quantised):
+    self.check(cases.choices(count, count, 8, M2.experts), quantised)
+
+  @parameterized.product(quantised=(False, True), count=(8, 64, 200))
+  def test_all_on_eight(self, count, quantised):
+    self.check(100 + cases.choices(count, count, 8, 8), quantised)
+
+  @parameterized.product(quantised=(False, True), count=(1, 64, 256))
+  def test_a_shard(self, count, quantised):
+    # Most choices lie elsewhere, on both sides.
+    self.check(cases.choices(count, count, 8, 700) - 300, quantised)
+
+  @parameterized.product(quantised=(False, True), count=(7, 256))
+  def test_all_on_one(self, count, quantised):
+    self.check(np.full((count, 1), M2.experts - 1), quantised)
+
+  @parameterized.product(quantised=(False, True), count=(8, 64))
+  def test_runs_are_bitwise_equal(self, count, quantised):
+    index_MX = cases.choices(count, count, 8, M2.experts)
+    args = cases.tokens(count, index_MX, M2.width) + self.experts(quantised)
+    run = jax.jit(functools.partial(decode_experts, impl='mosaic_gpu'))
+    first = np.asarray(run(*args)).view(np.uint16)
+    for _ in range(10):
+      again = np.asarray(run(*args)).view(np.uint16)
+      np.testing.assert_array_equal(first, again)
+
+  @parameterized.parameters(False, True)
+  def test_what_memory_held_before_does_not_matter(self, quantised):
+    index_MX = cases.choices(5, 40, 8, M2.experts)
+    args = cases.tokens(5, index_MX, M2.width) + self.experts(quantised)
+    rows = plans.rows(40, 8, M2.experts, 64)
+    run = jax.jit(functools.partial(decode_experts, impl='mosaic_gpu'))
+    clean = np.asarray(run(*args)).view(np.uint16)
+    for _ in range(3):
+      poison = [
+        jnp.full((rows, width), jnp.nan, jnp.bfloat16)
+        for width in (M2.width, M2.hidden) * 4
+      ]
+      jax.block_until_ready(poison)
+      del poison
+      again = np.asarray(run(*args)).view(np.uint16)
+      np.testing.assert_array_equal(clean, again)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,143 @@
+"""The experts of a few tokens: specification, plan, XLA backend, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import pallas_kernels
+from pallas_kernels import tiles as tile_tables
+from pallas_kernels.decode import mosaic_gpu, weights
+from pallas_kernels.decode import plan as plans
+from tests.pallas_kernels import decode_cases as cases
+
+SHAPE = cases.Shape(experts=6, width=128, hidden=256)
+
+
+def by_token(x_MD, index_MX, weight_MX, *matrices):
+  """The specification once more, token by token, in float64."""
+  wi_0, wi_1, wo = (np.float64(weights.dequantised(w)) for w in matrices)
+  y_MD = np.zeros(x_MD.shape)
+  for token, (x_D, chosen, counts) in enumerate(
+    zip(np.float64(x_MD), np.asarray(index_MX), np.float64(weight_MX))
+  ):
+    for expert, count in zip(chosen, counts):
+      if 0 <= expert < len(wi_0):
+        gate_F = x_D @ wi_0[expert]
+        act_F = gate_F / (1 + np.exp(-gate_F)) * (x_D @ wi_1[expert])
+        y_MD[token] += count * (act_F @ wo[expert])
+  return y_MD
+
+
+INDICES = {
+  'one token': np.array([[2, 0]]),
+  'few, some elsewhere': np.array([[2, 0], [-1, 5], [6, 99], [2, 1]]),
+  'an expert of one row': cases.choices(0, 9, 3, 5).clip(0, 4),
+  'all on one': np.full((37, 1), 3),
+  'the same twice': np.array([[1, 1]] * 10),
+  'evenly': cases.choices(1, 70, 2, 6),
+  'nobody': np.full((11, 2), 6),
+}
+
+
+class DecodeTest(parameterized.TestCase):
+  @parameterized.product(name=list(INDICES), quantised=(False, True))
+  def test_against_float64(self, name, quantised):
+    args = cases.tokens(3, INDICES[name], SHAPE.width)
+    args += cases.matrices(jax.random.key(4), SHAPE, quantised)
+    want = by_token(*args)
+    got = pallas_kernels.decode_experts(*args, impl='xla')
+    self.assertEqual(got.dtype, jnp.bfloat16)
+    self.assertLess(cases.error(got, want), cases.TOLERANCE)
+    self.assertLess(cases.error(cases.EXPECTED(*args), want), 1e-5)
+
+  def test_plain_matrices_may_be_float32(self):
+    x, index, weight = cases.tokens(3, INDICES['evenly'], SHAPE.width)
+    matrices = cases.matrices(jax.random.key(4), SHAPE, False)
+    args = x.astype(jnp.float32), index, weight
+    args += tuple(w.astype(jnp.float32) for w in matrices)
+    got = pallas_kernels.decode_experts(*args)
+    self.assertEqual(got.dtype, jnp.float32)
+    self.assertLess(cases.error(got, by_token(*args)), 1e-5)
+
+  def test_misfits_are_named(self):
+    x, index, weight = cases.tokens(0, INDICES['one token'], SHAPE.width)
+    wi_0, wi_1, wo = cases.matrices(jax.random.key(0), SHAPE, False)
+    codes = cases.matrices(jax.random.key(0), SHAPE, True)
+    run = pallas_kernels.decode_experts
+    with self.assertRaisesRegex(ValueError, 'differ in shape'):
+      run(x, index, weight[:, :1], wi_0, wi_1, wo)
+    with self.assertRaisesRegex(ValueError, 'wo is float32'):
+      run(x, index, weight, wi_0, wi_1, wo.astype(jnp.float32))
+    with self.assertRaisesRegex(ValueError, r'in, out\) are'):
+      run(x, index, weight, wi_0, wi_1, wi_0)
+    with self.assertRaisesRegex(ValueError, 'either all'):
+      run(x, index, weight, wi_0, wi_1, codes[2])
+    torn = pallas_kernels.Quantized(codes[0].values, codes[0].scale_inv[:, 1:])
+    with self.assertRaisesRegex(ValueError, 'wi_0 has scales'):
+      run(x, index, weight, torn, *codes[1:])
+
+  def test_refuses_what_it_cannot_do(self):
+    reason = mosaic_gpu.refusal(jnp.dtype('float32'), (128, 128))
+    self.assertIn('float32', reason)
+    reason = mosaic_gpu.refusal(jnp.dtype('bfloat16'), (128, 96))
+    self.assertIn('128', reason)
+    if jax.default_backend() == 'gpu':
+      self.skipTest('nothing else is refused on a Hopper GPU')
+    args = cases.tokens(0, INDICES['one token'], SHAPE.width)
+    args += cases.matrices(jax.random.key(0), SHAPE, False)
+    with self.assertRaisesRegex(NotImplementedError, 'needs a Hopper GPU'):
+      pallas_kernels.decode_experts(*args, impl='mosaic_gpu')
+
+
+class PlanTest(absltest.TestCase):
+  def test_tiles_own_every_row_once(self):
+    rng = np.random.default_rng(0)
+    make = jax.jit(plans.make, static_argnums=(1, 2))
+    for trial in range(60):
+      tokens = (1, 8, 9, 40)[trial % 4]
+      experts, choices, tile = 7, 3, (8, 16, 32)[trial % 3]
+      law = rng.dirichlet([0.4] * (experts + 2))
+      index_MX = rng.choice(experts + 2, (tokens, choices), p=law) - 1
+      plan = jax.tree.map(np.asarray, make(index_MX, experts, tile))
+      rows = plans.rows(tokens, choices, experts, tile)
+      owner = np.full(rows, -1)
+      for expert, row, extent, count in plan.table_4T.T[: plan.table_4T[3, 0]]:
+        self.assertEqual((row % 8, extent % 8), (0, 0))
+        self.assertBetween(extent, 8, tile)
+        read = tile if tokens > 8 else 8
+        self.assertLessEqual(row + read, rows)
+        self.assertTrue((owner[row : row + extent] == -1).all())
+        owner[row : row + extent] = expert
+        self.assertEqual(count, plan.table_4T[3, 0])
+      self.assertFalse(plan.table_4T[2, plan.table_4T[3, 0] :].any())
+      valid = (index_MX >= 0) & (index_MX < experts)
+      np.testing.assert_array_equal(plan.valid_MX, valid)
+      place = plan.place_MX[valid]
+      np.testing.assert_array_equal(owner[place], index_MX[valid])
+      token = np.nonzero(valid)[0]
+      if plan.source_P is None:
+        np.testing.assert_array_equal(place % 8, token)
+      else:
+        self.assertLen(set(place), place.size)
+        np.testing.assert_array_equal(plan.source_P[place], token)
+
+  def test_rows_of_nobody_do_not_count(self):
+    plan = plans.make(jnp.array([[0, 5], [5, 5]]), 2, 8)
+    y_PN = jnp.full((16, 4), jnp.nan, jnp.bfloat16).at[0].set(3)
+    got = plans.combine(y_PN, plan, jnp.full((2, 2), 0.5), jnp.float32)
+    np.testing.assert_array_equal(got, [[1.5] * 4, [0] * 4])
+
+
+class DecodeTilesTest(absltest.TestCase):
+  def test_default_and_bad_tiles(self):
+    default = tile_tables.lookup_decode('none', 'decode_up', (128, 128))
+    self.assertEqual(default, tile_tables.DecodeTiles())
+    with self.assertRaisesRegex(ValueError, 'columns=100'):
+      tile_tables.DecodeTiles(columns=100)
+    with self.assertRaisesRegex(ValueError, 'tokens=7'):
+      tile_tables.DecodeTiles(tokens=7)
+
+
+if __name__ == '__main__':
+  absltest.main()
