@@ -19,7 +19,10 @@ def route(
   _, index_MX = jax.lax.top_k(selection_ME, top_k)
   # A gather by one-hot: its transpose is a product, not a scalar scatter.
   own_MXE = jax.nn.one_hot(index_MX, experts, dtype=score_ME.dtype)
-  chosen_MX = jnp.einsum('mxe,me->mx', own_MXE, score_ME)
+  # In full precision: a GPU would else round the scores to 10 bits.
+  chosen_MX = jnp.einsum(
+    'mxe,me->mx', own_MXE, score_ME, precision=jax.lax.Precision.HIGHEST
+  )
   keep_MX = jnp.ones(index_MX.shape, bool)
   if min_k < top_k:
     share_MX = chosen_MX / chosen_MX.sum(1, keepdims=True)

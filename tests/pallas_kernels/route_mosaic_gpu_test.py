@@ -182,7 +182,8 @@ class MoveTest(parameterized.TestCase):
     poison()
     with compiled_here():
       got = run(MOVES)
-    want = run(xla.MOVES)
+    with jax.default_matmul_precision('highest'):
+      want = run(xla.MOVES)
     np.testing.assert_array_equal(
       np.float32(got[0]), np.float32(want[0]), err_msg='gather'
     )
