@@ -58,10 +58,10 @@ class RowTiles:
     staging: pieces of a tile that may be on their way to memory.
   """
 
-  rows: tuple[int, ...] = (32, 64, 96, 128, 144, 160)
+  rows: tuple[int, ...] = (64, 128, 136, 144)
   stages: int = 4
   cluster: int = 2
-  staging: int = 2
+  staging: int = 3
 
   def __post_init__(self):
     rising = all(a < b for a, b in zip(self.rows, self.rows[1:]))
@@ -77,14 +77,14 @@ FEW = 80  # rows a group, in the mean: one block can hold those of most groups
 # The product, what may follow it and the size of groups -> tiles. What reads
 # the pre-activations while it stores gives up a stage for the room.
 ROW_TILES = {
-  ('product', 'few'): RowTiles(rows=(8, 16, 32, 64, 96, 160), cluster=1),
+  ('product', 'few'): RowTiles(rows=(8, 32, 64, 144), cluster=1),
   ('product', 'many'): RowTiles(),
-  ('up', 'few'): RowTiles(rows=(8, 16, 32, 64, 96, 160), cluster=1),
+  ('up', 'few'): RowTiles(rows=(8, 32, 64, 144), cluster=1),
   ('up', 'many'): RowTiles(),
   ('down_backward', 'few'): RowTiles(
-    rows=(8, 16, 32, 64, 96, 144), stages=3, cluster=1
+    rows=(8, 32, 64, 144), stages=3, cluster=1
   ),
-  ('down_backward', 'many'): RowTiles(rows=(32, 64, 96, 128, 144), stages=3),
+  ('down_backward', 'many'): RowTiles(stages=3),
 }
 
 

@@ -19,6 +19,7 @@ from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import vjp
 from pallas_kernels.gmm import layout, mosaic_gpu, panels, pipeline
 
+LINE = 32  # float32 values of the 128 bytes to which bulk copies align
 LOADS = 2  # pieces of the pre-activations that are on their way at a time
 LOG2_E = 1.4426950408889634
 
@@ -121,26 +122,29 @@ def down_backward(
     transpose=True,
     panel_count=panels.adjacent(width),
   )
-  parts = width // (form.panels * pipeline.HALF)
   result = jax.ShapeDtypeStruct((rows, width), dy_PD.dtype)
   staged = (pipeline.CONSUMERS, LOADS, 2, form.chunk, pipeline.HALF)
-  counts = (pipeline.CONSUMERS, tiles.rows[-1])
-  *found, dweight_CP = panels.call(
+  plan = layout.segments(sizes_E, rows, align, tiles.rows[-1], tiles.cluster)
+  # Sums over F, a line a tile and part of F, as long as a bulk copy needs.
+  line = layout.round_up(tiles.rows[-1], LINE)
+  parts = width // (form.panels * pipeline.HALF)
+  lines = len(plan.row_S) * tiles.cluster
+  *found, share_CTR = panels.call(
     'experts_down_backward',
     form,
     functools.partial(_store_gradients, form=form),
-    layout.segments(sizes_E, rows, align, tiles.rows[-1], tiles.cluster),
+    plan,
     [dy_PD],
     [wo_EFD],
     [gate_PF, up_PF, weight_P],
     width,
-    [result] * 3 + [jax.ShapeDtypeStruct((parts, rows), jnp.float32)],
+    [result] * 3 + [jax.ShapeDtypeStruct((parts, lines, line), jnp.float32)],
     blocks=blocks,
     begin=functools.partial(_load_first, form=form),
     scratch={
       'in_smem': pipeline.swizzled(staged, dy_PD.dtype),
-      'weight_smem': plgpu.SMEM(counts, jnp.float32),
-      'dweight_smem': plgpu.SMEM(counts, jnp.float32),
+      'weight_smem': plgpu.SMEM((pipeline.CONSUMERS, line), jnp.float32),
+      'share_smem': plgpu.SMEM((pipeline.CONSUMERS, line), jnp.float32),
       'loaded': plgpu.Barrier(
         num_arrivals=2, num_barriers=pipeline.CONSUMERS * LOADS
       ),
@@ -148,8 +152,23 @@ def down_backward(
     },
   )
   found = [mosaic_gpu.varying_like(dy_PD, z) for z in found]
-  dweight_P = mosaic_gpu.varying_like(dy_PD, dweight_CP).sum(0)
-  return *found, dweight_P
+  share_TR = mosaic_gpu.varying_like(dy_PD, share_CTR).sum(0)
+  return *found, _rows_of_tiles(share_TR, plan, rows, tiles.cluster)
+
+
+def _rows_of_tiles(share_TR, plan, rows, members) -> jax.Array:
+  """float32[rows]: the sum that each row has in the line of its tile."""
+  row_P = jnp.arange(rows, dtype=jnp.int32)
+  segment_S = jnp.arange(len(plan.row_S))
+  begun_PS = (plan.row_S[None] <= row_P[:, None]) & (
+    segment_S < plan.count_1[0]
+  )[None]
+  segment_P = begun_PS.sum(1, dtype=jnp.int32) - 1
+  offset_P = row_P - plan.row_S[segment_P]
+  tile_P = jnp.maximum(plan.tile_S[segment_P], 1)
+  line_P = segment_P * members + offset_P // tile_P
+  share_P = share_TR[line_P, offset_P % tile_P]
+  return jnp.where(offset_P < plan.valid_S[segment_P], share_P, 0)
 
 
 def _form(x, tiles, *, paired, transpose, panel_count) -> panels.Form:
@@ -249,7 +268,7 @@ def _store_gradients(
   out_smem,
   in_smem,
   weight_smem,
-  dweight_smem,
+  share_smem,
   loaded,
   weighted,
 ) -> None:
@@ -259,7 +278,7 @@ def _store_gradients(
   outputs = refs[3:6]
   pieces = _pieces(form, place, count)
   plgpu.barrier_wait(weighted.at[me])
-  # The last tile's shares have left `dweight_smem`.
+  # The last tile's shares have left `share_smem`.
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   for index, (first, size, panel) in enumerate(pieces):
     slot = index % LOADS
@@ -283,10 +302,10 @@ def _store_gradients(
     share_R = jnp.sum(share_FR, axis=0)
     if panel:
       share_R += plgpu.load(
-        dweight_smem.at[me, pl.ds(first, size)],
+        share_smem.at[me, pl.ds(first, size)],
         layout=plgpu.Layout.WGMMA.reduce(0),
       )
-    dweight_smem[me, pl.ds(first, size)] = share_R
+    share_smem[me, pl.ds(first, size)] = share_R
     scaled_FR = weight_FR * dact_FR
     slope_FR = sigmoid_FR + silu_FR - silu_FR * sigmoid_FR
     results = (
@@ -304,22 +323,19 @@ def _store_gradients(
     # `put` has synchronised the warpgroup: all have read the slot.
     if index + LOADS < len(pieces):
       _load(form, place, count, refs, in_smem, loaded, index + LOADS)
-  _store_shares(form, place, count, refs[6], dweight_smem)
+  _store_shares(form, place, refs[6], share_smem)
 
 
-def _store_shares(form, place, count, y_ref, dweight_smem) -> None:
-  """Sends a warpgroup's part of the weights' gradients to memory."""
+def _store_shares(form, place, y_ref, share_smem) -> None:
+  """Sends a warpgroup's sums over its part of F to memory."""
   me = place.warpgroup
-  tile = jax.lax.div(
+  column = jax.lax.div(
     place.columns[0] - me * pipeline.HALF, panels.PANEL * form.panels
   )
-  part = tile * pipeline.CONSUMERS + me
+  part = column * pipeline.CONSUMERS + me
+  line = place.segment * form.tiles.cluster + jax.lax.axis_index('member')
   plgpu.commit_smem()
-  panels.send_rows(
-    dweight_smem.at[me, pl.ds(0, count)],
-    lambda at, size: y_ref.at[part, pl.ds(place.row + at, size)],
-    place.extent,
-  )
+  plgpu.copy_smem_to_gmem(share_smem.at[me], y_ref.at[part, line])
 
 
 BACKEND = vjp.Backend(

@@ -1,4 +1,4 @@
-"""Rows times their group's matrix on Hopper, with matrices on wgmma's tall side.
+"""Rows times their group's matrix on Hopper, matrices on wgmma's tall side.
 
 wgmma multiplies 64 rows of its first operand at a time, but any multiple of 8
 columns of its second. So the matrices' output features, which are many and
@@ -70,6 +70,7 @@ class Place:
   """Where the results of one warpgroup's part of a tile belong.
 
   Attributes:
+    segment: number of the segment that the tile is of.
     row: first row.
     valid: rows that hold results; the others get zeros.
     extent: rows to write, a multiple of 8.
@@ -77,6 +78,7 @@ class Place:
     warpgroup: who stores.
   """
 
+  segment: jax.Array
   row: jax.Array
   valid: jax.Array
   extent: jax.Array
@@ -227,11 +229,11 @@ def _body(
     return pipeline.fetch(copy, steps, ring, empty, tiles)
 
   def multiply(item, ring, warpgroup):
-    _, column, steps, row, valid, extent = locate(item)
+    segment, column, steps, row, valid, extent = locate(item)
     half = warpgroup * pipeline.HALF
     mine = pl.ds(half, pipeline.HALF)
     starts = [form.columns(column, p) + half for p in range(form.panels)]
-    place = Place(row, valid, extent, starts, warpgroup)
+    place = Place(segment, row, valid, extent, starts, warpgroup)
 
     def tile(count):
       def step(accs, slot, index):
@@ -307,7 +309,10 @@ def store(values_FR, y_ref, place, first, columns, staged):
   """
   size = values_FR.shape[1]
   staged = staged.at[pl.ds(0, size)]
-  staged.transpose((1, 0))[...] = values_FR.astype(y_ref.dtype)
+  values_FR = values_FR.astype(y_ref.dtype)
+  if y_ref.dtype == jnp.float32:  # transposing stores have 16 bits a value
+    values_FR = plgpu.layout_cast(values_FR, plgpu.Layout.WGMMA_TRANSPOSED)
+  staged.transpose((1, 0))[...] = values_FR
   plgpu.commit_smem()
   wide = pl.ds(columns, pipeline.HALF)
   send_rows(

@@ -264,7 +264,7 @@ def graph(call: Callable, turns: int) -> Callable[[], None]:
     call()
   torch.cuda.current_stream().wait_stream(side)
   recorded = torch.cuda.CUDAGraph()
-  with torch.cuda.graph(recorded):
+  with torch.cuda.graph(recorded, capture_error_mode='thread_local'):
     for _ in range(turns):
       call()
   return recorded.replay
