@@ -56,61 +56,49 @@ def make(index_MX: jax.Array, experts: int, tile: int) -> Plan:
   tokens, choices = index_MX.shape
   slots = tokens * choices
   valid_MX = (index_MX >= 0) & (index_MX < experts)
-  group_R = jnp.where(valid_MX, index_MX, experts).reshape(-1)
-  group_R = group_R.astype(jnp.int32)
-  expert_E = jnp.arange(experts, dtype=jnp.int32)
-  size_E = (group_R[:, None] == expert_E[None]).sum(0, dtype=jnp.int32)
+  valid_R = valid_MX.reshape(-1)
+  slot_R = jnp.arange(slots, dtype=jnp.int32)
+  group_R = jnp.where(valid_R, index_MX.reshape(-1), experts).astype(jnp.int32)
+  same_RR = group_R[:, None] == group_R[None]
+  earlier_RR = same_RR & (slot_R[None] < slot_R[:, None])
+  size_R, rank_R = _count(same_RR, earlier_RR)
+  # One slot speaks for its whole group.
+  first_R = valid_R & (rank_R == 0)
   # So few tokens fill no more than the narrowest product: then each expert
   # takes them all, as they lie, and nothing has to be gathered.
   whole = tokens <= ALIGN
-  padded_E = -(-size_E // ALIGN) * ALIGN
-  if whole:
-    padded_E = jnp.where(size_E > 0, ALIGN, 0)
-  before_RE = expert_E[None] < group_R[:, None]
-  start_R = jnp.where(before_RE, padded_E[None], 0).sum(1)
-  if whole:
-    rank_R = jnp.arange(slots, dtype=jnp.int32) // choices
-  else:
-    same_RR = group_R[:, None] == group_R[None]
-    rank_R = (same_RR & jnp.tri(slots, k=-1, dtype=bool)).sum(1)
-  valid_R = valid_MX.reshape(-1)
-  place_R = jnp.where(valid_R, start_R + rank_R, 0).astype(jnp.int32)
+  padded_R = ALIGN if whole else -(-size_R // ALIGN) * ALIGN
+  padded_R = jnp.where(first_R, padded_R, 0)
+  tiles_R = -(-padded_R // tile)
+  below_RR = group_R[None] < group_R[:, None]
+  start_R, tile_R = _count(
+    jnp.where(below_RR, padded_R[None], 0),
+    jnp.where(below_RR, tiles_R[None], 0),
+  )
+  offset_R = slot_R // choices if whole else rank_R
+  place_R = jnp.where(valid_R, start_R + offset_R, 0)
+  tile_T1 = jnp.arange(min(slots, experts) + slots // tile)[:, None]
+  inner_TR = tile_T1 - tile_R[None]
+  own_TR = (inner_TR >= 0) & (inner_TR < tiles_R[None])
+  row_TR = inner_TR * tile
+  table_4T = _count(
+    jnp.where(own_TR, group_R[None], 0),
+    jnp.where(own_TR, start_R[None] + row_TR, 0),
+    jnp.where(own_TR, jnp.minimum(padded_R[None] - row_TR, tile), 0),
+    jnp.broadcast_to(tiles_R[None], own_TR.shape),
+  )
   source_P = None
   if not whole:
     row_P = jnp.arange(rows(tokens, choices, experts, tile), dtype=jnp.int32)
     here_PR = (row_P[:, None] == place_R[None]) & valid_R[None]
-    token_R = jnp.arange(slots, dtype=jnp.int32) // choices
-    source_P = jnp.where(here_PR, token_R[None], 0).sum(1)
-  return Plan(
-    place_R.reshape(index_MX.shape),
-    valid_MX,
-    source_P,
-    _table(padded_E, tile, min(slots, experts) + slots // tile),
-  )
+    source_P = jnp.where(here_PR, slot_R[None] // choices, 0).sum(1)
+  place_MX = place_R.reshape(index_MX.shape)
+  return Plan(place_MX, valid_MX, source_P, table_4T)
 
 
-def _table(padded_E: jax.Array, tile: int, length: int) -> jax.Array:
-  """`Plan.table_4T` of groups of so many rows."""
-  experts = len(padded_E)
-  expert_E = jnp.arange(experts, dtype=jnp.int32)
-  count_E = -(-padded_E // tile)
-  below_EE = jnp.tri(experts, k=-1, dtype=bool)
-  sums_2E = jnp.where(
-    below_EE[None], jnp.stack([padded_E, count_E])[:, None], 0
-  ).sum(2)
-  start_E, first_E = sums_2E
-  tile_T1 = jnp.arange(length, dtype=jnp.int32)[:, None]
-  offset_TE = (tile_T1 - first_E[None]) * tile
-  own_TE = (offset_TE >= 0) & (tile_T1 < (first_E + count_E)[None])
-  columns_4TE = jnp.stack(
-    [
-      jnp.where(own_TE, expert_E[None], 0),
-      jnp.where(own_TE, start_E[None] + offset_TE, 0),
-      jnp.where(own_TE, jnp.minimum(padded_E[None] - offset_TE, tile), 0),
-      jnp.broadcast_to(count_E[None], own_TE.shape),
-    ]
-  )
-  return columns_4TE.sum(2, dtype=jnp.int32)
+def _count(*z_NR: jax.Array) -> jax.Array:
+  """Sums of several arrays along their last axis, in one kernel."""
+  return jnp.stack(z_NR).sum(-1, dtype=jnp.int32)
 
 
 def combine(

@@ -134,8 +134,8 @@ class MosaicGpuTest(parameterized.TestCase):
 
 @unittest.skipUnless(ON_GPU, 'the sizes of the model need a GPU')
 class FullSizeTest(parameterized.TestCase):
-  @functools.cache
   @staticmethod
+  @functools.cache
   def experts(quantised):
     return cases.matrices(jax.random.key(0), M2, quantised)
 
