@@ -100,12 +100,13 @@ def decode_experts(
   """
   up_tiles = up_tiles or _lookup('decode_up', wi_0)
   down_tiles = down_tiles or _lookup('decode_down', wo)
-  tile = min(up_tiles.tokens, down_tiles.tokens, _width(len(x_MD)))
+  widest = max(min(up_tiles.tokens, down_tiles.tokens), plans.WHOLE)
+  tile = min(widest, _width(len(x_MD)))
   plan = plans.make(index_MX, weights.experts(wi_0), tile)
   rows = plans.rows(*index_MX.shape, weights.experts(wi_0), tile)
   whole = plan.source_P is None
   if whole:
-    x_PD = jnp.pad(x_MD, ((0, plans.ALIGN - len(x_MD)), (0, 0)))
+    x_PD = jnp.pad(x_MD, ((0, plans.span(len(x_MD)) - len(x_MD)), (0, 0)))
   else:
     x_PD = x_MD[plan.source_P]
   run = functools.partial(_product, rows=rows, tile=tile, blocks=blocks)

@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 ALIGN = 8  # rows of a swizzled tile in shared memory
+WHOLE = 16  # tokens up to which every expert gets them all
 
 
 class Plan(NamedTuple):
   """Rows grouped by expert; groups start at multiples of `ALIGN`.
 
   Attributes:
-    place_MX: row of each (token, choice); 0 where it has no expert.
-    valid_MX: whether it has one.
+    place_MX: row of each (token, choice); -1 where it has no expert.
     source_P: the token of each row; rows of no group hold any token. None if
       every group holds all tokens in their own order.
     table_4T: of each tile its expert, its first row, how many rows it owns (a
@@ -28,21 +30,28 @@ class Plan(NamedTuple):
   """
 
   place_MX: jax.Array
-  valid_MX: jax.Array
   source_P: jax.Array | None
   table_4T: jax.Array
+
+
+def span(tokens: int) -> int | None:
+  """Rows of every group where each holds all tokens in their own order.
+
+  Products of so few tokens cost no more than reading the weights does, and
+  nothing has to be gathered. None if there are too many tokens for that.
+  """
+  return -(-tokens // ALIGN) * ALIGN if tokens <= WHOLE else None
 
 
 def rows(tokens: int, choices: int, experts: int, tile: int) -> int:
   """The worst case of rows that tiles may touch."""
   slots = tokens * choices
   groups = min(slots, experts)
-  if tokens <= ALIGN:
-    return groups * ALIGN
-  # A tile may read past the rows that it owns.
-  return (
-    -(-slots // ALIGN) * ALIGN + groups * (ALIGN - 1) // ALIGN * ALIGN + (tile)
-  )
+  if span(tokens):
+    return groups * span(tokens)
+  # All but ALIGN - 1 rows of a group may be padding, and a tile may read past
+  # those that it owns.
+  return -(-(slots + groups * (ALIGN - 1)) // ALIGN) * ALIGN + tile
 
 
 def make(index_MX: jax.Array, experts: int, tile: int) -> Plan:
@@ -51,33 +60,34 @@ def make(index_MX: jax.Array, experts: int, tile: int) -> Plan:
   Args:
     index_MX: chosen experts; values outside [0, experts) choose none.
     experts: number of experts E.
-    tile: most rows of a tile, a multiple of `ALIGN`.
+    tile: most rows of a tile, a multiple of `ALIGN`, and no less than `span`.
   """
   tokens, choices = index_MX.shape
   slots = tokens * choices
-  valid_MX = (index_MX >= 0) & (index_MX < experts)
-  valid_R = valid_MX.reshape(-1)
-  slot_R = jnp.arange(slots, dtype=jnp.int32)
-  group_R = jnp.where(valid_R, index_MX.reshape(-1), experts).astype(jnp.int32)
+  # Negative values wrap around to large ones.
+  group_R = index_MX.reshape(-1).astype(jnp.uint32)
+  group_R = jnp.minimum(group_R, experts).astype(jnp.int32)
+  # Known when compiled, unlike what XLA would make of the same in jnp.
+  slot_R = np.arange(slots, dtype=np.int32)
+  token_R = slot_R // choices
   same_RR = group_R[:, None] == group_R[None]
   earlier_RR = same_RR & (slot_R[None] < slot_R[:, None])
   size_R, rank_R = _count(same_RR, earlier_RR)
   # One slot speaks for its whole group.
-  first_R = valid_R & (rank_R == 0)
-  # So few tokens fill no more than the narrowest product: then each expert
-  # takes them all, as they lie, and nothing has to be gathered.
-  whole = tokens <= ALIGN
-  padded_R = ALIGN if whole else -(-size_R // ALIGN) * ALIGN
+  first_R = (group_R < experts) & (rank_R == 0)
+  whole = span(tokens)
+  padded_R = whole or (size_R + ALIGN - 1) & -ALIGN
   padded_R = jnp.where(first_R, padded_R, 0)
-  tiles_R = -(-padded_R // tile)
+  tiles_R = lax.div(padded_R + tile - 1, jnp.int32(tile))
   below_RR = group_R[None] < group_R[:, None]
   start_R, tile_R = _count(
     jnp.where(below_RR, padded_R[None], 0),
     jnp.where(below_RR, tiles_R[None], 0),
   )
-  offset_R = slot_R // choices if whole else rank_R
-  place_R = jnp.where(valid_R, start_R + offset_R, 0)
-  tile_T1 = jnp.arange(min(slots, experts) + slots // tile)[:, None]
+  offset_R = token_R if whole else rank_R
+  place_R = jnp.where(group_R < experts, start_R + offset_R, -1)
+  length = min(slots, experts) + slots // tile
+  tile_T1 = np.arange(length, dtype=np.int32)[:, None]
   inner_TR = tile_T1 - tile_R[None]
   own_TR = (inner_TR >= 0) & (inner_TR < tiles_R[None])
   row_TR = inner_TR * tile
@@ -89,11 +99,10 @@ def make(index_MX: jax.Array, experts: int, tile: int) -> Plan:
   )
   source_P = None
   if not whole:
-    row_P = jnp.arange(rows(tokens, choices, experts, tile), dtype=jnp.int32)
-    here_PR = (row_P[:, None] == place_R[None]) & valid_R[None]
-    source_P = jnp.where(here_PR, slot_R[None] // choices, 0).sum(1)
-  place_MX = place_R.reshape(index_MX.shape)
-  return Plan(place_MX, valid_MX, source_P, table_4T)
+    row_P = np.arange(rows(tokens, choices, experts, tile), dtype=np.int32)
+    here_PR = row_P[:, None] == place_R[None]
+    source_P = jnp.where(here_PR, token_R[None], 0).sum(1)
+  return Plan(place_R.reshape(index_MX.shape), source_P, table_4T)
 
 
 def _count(*z_NR: jax.Array) -> jax.Array:
@@ -108,8 +117,9 @@ def combine(
   # A sum over explicit choices is one kernel that reads each row once.
   total_MN = 0.0
   for choice in range(weight_MX.shape[1]):
-    y_MN = y_PN[plan.place_MX[:, choice]].astype(jnp.float32)
+    place_M = plan.place_MX[:, choice]
+    y_MN = y_PN[jnp.maximum(place_M, 0)].astype(jnp.float32)
     scaled_MN = y_MN * weight_MX[:, choice, None].astype(jnp.float32)
     # Rows of no expert may hold anything, not a number even.
-    total_MN += jnp.where(plan.valid_MX[:, choice, None], scaled_MN, 0)
+    total_MN += jnp.where(place_M[:, None] >= 0, scaled_MN, 0)
   return total_MN.astype(dtype)

@@ -25,9 +25,8 @@ def decode_experts(
   """See `pallas_kernels.decode.api.decode_experts`."""
   plan = plans.make(index_MX, weights.experts(wi_0), TILE)
   rows = plans.rows(*index_MX.shape, weights.experts(wi_0), TILE)
-  tile = TILE
+  tile = plans.span(len(x_MD)) or TILE
   if plan.source_P is None:
-    tile = plans.ALIGN
     x_PD = jnp.pad(x_MD, ((0, tile - len(x_MD)), (0, 0)))
   else:
     x_PD = x_MD[plan.source_P]
