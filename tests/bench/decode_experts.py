@@ -54,8 +54,7 @@ CALLS = 4  # layers a program
 ROUNDS = 5
 ROUND_SECONDS = 0.01
 TOLERANCE = 1e-2  # of bfloat16 results against each other, in norm
-PEERED = (1, 8, 64, 256)  # tokens at which training's path is timed
-PROFILED = (8, 64)  # tokens at which kernels are listed and tiles tuned
+PROFILED = (8, 64)  # tokens at which more is looked at
 CANDIDATES = {
   'bf16': tuple(
     tile_tables.DecodeTiles(columns, depth, tokens=128)
@@ -105,34 +104,43 @@ class Case:
     return self.distinct() * (size * FORMATS[self.format] + scales)
 
 
-def inputs(case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Tokens, choices of every layer, and what they count."""
+def inputs(case: Case) -> tuple[jax.Array, tuple, tuple]:
+  """Tokens, each layer's choices, and what they count."""
   rng = np.random.default_rng(case.tokens + 1)
   x_MD = rng.standard_normal((case.tokens, WIDTH), np.float32)
-  index_CMX = case.draws()
-  weight_CMX = rng.dirichlet(np.ones(TOP_K), index_CMX.shape[:2])
-  return (
-    jnp.asarray(x_MD, jnp.bfloat16),
-    jnp.asarray(index_CMX),
-    jnp.asarray(weight_CMX, jnp.float32),
-  )
+  index = case.draws()
+  weight = rng.dirichlet(np.ones(TOP_K), index.shape[:2]).astype(np.float32)
+  layers = tuple(map(jnp.asarray, index)), tuple(map(jnp.asarray, weight))
+  return jnp.asarray(x_MD, jnp.bfloat16), *layers
 
 
 def chained(layer: Callable) -> Callable:
-  """(x, index, weight, *matrices) -> the result of `CALLS` layers."""
+  """(x, indices, weights, *matrices) -> the result of `CALLS` layers."""
 
-  def run(x, index_CMX, weight_CMX, *matrices):
-    for index_MX, weight_MX in zip(index_CMX, weight_CMX, strict=True):
-      x = (x + layer(x, index_MX, weight_MX, *matrices)) / 2
+  def run(x, indices, weights, *matrices):
+    for index, weight in zip(indices, weights):
+      x = (x + layer(x, index, weight, *matrices)) / 2
     return x
 
   return run
 
 
+def lower(layer: Callable, *args) -> Any:
+  """A program of `CALLS` layers, to be compiled."""
+
+  @jax.jit
+  def ordered(x, index, weight, *matrices):
+    # As in a model, nothing of a layer starts before the one below is done.
+    tied = jax.lax.optimization_barrier((x, index, weight))
+    return layer(*tied, *matrices)
+
+  return jax.jit(chained(ordered)).lower(*args)
+
+
 def torch_layer(x, index, weight, wi, wo):
   """The layer from PyTorch's operations; `wi` is gate and up side by side."""
   held = len(wi)
-  expert, order = index.flatten().sort(stable=True)
+  expert, order = index.flatten().long().sort(stable=True)
   ends = torch.searchsorted(
     expert, torch.arange(held, device='cuda', dtype=expert.dtype), right=True
   )
@@ -185,15 +193,14 @@ class Bench:
     lowered = {}
     for case in cases:
       layers = {'mosaic_gpu': ours}
-      if case.format == 'bf16' and case.tokens in PEERED:
-        # What training runs, with the kernels for many tokens.
-        layers['training path'] = experts.swiglu
+      kind = self.held, case.format
+      if kind == (EXPERTS, 'bf16') and case.tokens in PROFILED:
+        layers['training path'] = experts.swiglu  # for many tokens
       for name, layer in layers.items():
         key = name, case.tokens, case.format
         if key not in lowered:
-          lowered[key] = jax.jit(chained(jax.jit(layer))).lower(
-            *inputs(case), *self.matrices[case.format]
-          )
+          matrices = self.matrices[case.format]
+          lowered[key] = lower(layer, *inputs(case), *matrices)
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       compiled = pool.map(lambda z: z.compile(), lowered.values())
       return dict(zip(lowered, compiled))
@@ -210,15 +217,14 @@ class Bench:
       if (tokens, format) == (case.tokens, case.format)
     }
     if case.format == 'bf16':
-      x, index, weight = map(torch.from_dlpack, args)
-      run = functools.partial(
-        chained(torch_layer), x, index.long(), weight, *self.torch_matrices
+      args = jax.tree.map(torch.from_dlpack, args)
+      found['torch.grouped_mm'] = graphed(
+        functools.partial(chained(torch_layer), *args, *self.torch_matrices)
       )
-      found['torch.grouped_mm'] = graphed(run)
       # Liger's has no notion of experts elsewhere.
       if self.liger and self.held == EXPERTS:
         found['liger'] = functools.partial(
-          chained(self.liger), x, index, weight, *self.liger_matrices
+          chained(self.liger), *args, *self.liger_matrices
         )
     return found
 
@@ -268,8 +274,8 @@ def timed(call: Callable, count: int) -> float:
 
 def kernels(call: Callable) -> dict[str, float]:
   """Kernel -> microseconds a layer, launched by whomever in this process."""
-  activities = [torch.profiler.ProfilerActivity.CUDA]
-  with torch.profiler.profile(activities=activities) as profile:
+  on_gpu = [torch.profiler.ProfilerActivity.CUDA]
+  with torch.profiler.profile(activities=on_gpu) as profile:
     timed(call, 5)
   return {
     event.key[:60]: event.device_time_total / (5 * CALLS)
@@ -283,11 +289,7 @@ def read_rate(w: jax.Array) -> float:
   total = jax.jit(lambda w: jnp.sum(w, dtype=jnp.float32))
   most = jax.jit(lambda w: jnp.max(w))
   same = torch.from_dlpack(w).view(torch.float32)
-  calls = {
-    'sum': lambda: total(w),
-    'max': lambda: most(w),
-    'torch': lambda: same.amax(),
-  }
+  calls = {'sum': lambda: total(w), 'max': lambda: most(w), 'torch': same.amax}
   return w.nbytes / min(z['median'] for z in race(calls, 1).values())
 
 
@@ -351,8 +353,7 @@ def tune(bench: Bench, path: pathlib.Path) -> None:
         )
         args = inputs(Case(bench.held, count, 'uniform', format))
         args += bench.matrices[format]
-        program = jax.jit(chained(jax.jit(layer)))
-        lowered[tiles, count] = program.lower(*args), args
+        lowered[tiles, count] = lower(layer, *args), args
       with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         programs = pool.map(lambda z: z[0].compile(), lowered.values())
       calls = {
@@ -406,12 +407,10 @@ def main() -> None:
       rows.append(measure(bench, case, programs, rate, flags.kernels))
     del bench, programs
     torch.cuda.empty_cache()
+    command = 'python -m tests.bench.decode_experts --tune'
+    kind = jax.devices()[0].device_kind
     path = record.write(
-      'decode_experts',
-      jax.devices()[0].device_kind,
-      rows,
-      command='python -m tests.bench.decode_experts --tune',
-      folder=flags.out,
+      'decode_experts', kind, rows, command=command, folder=flags.out
     )
   print(path)
 
