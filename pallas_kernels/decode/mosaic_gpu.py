@@ -165,14 +165,8 @@ def _product(
     num_threads=pipeline.CONSUMERS + 1,
     thread_name='warpgroup',
   )
-  operands = jax.tree.leaves(matrices)
-  return _varying_like(x_PK, kernel(plan.table_4T, x_PK, *operands))
-
-
-def _varying_like(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Inside `shard_map`, marks `y` as differing over the axes that `x` does."""
-  axes = jax.typeof(x).mat.varying - jax.typeof(y).mat.varying
-  return lax.pcast(y, tuple(axes), to='varying') if axes else y
+  operands = plan.table_4T, x_PK, *jax.tree.leaves(matrices)
+  return plans.varying_like(operands, kernel(*operands))
 
 
 def fit(

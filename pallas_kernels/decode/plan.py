@@ -6,6 +6,7 @@ as sums over comparisons: each is one small kernel on a GPU, where a sort, a
 scan or a scatter is several.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -123,3 +124,13 @@ def combine(
     # Rows of no expert may hold anything, not a number even.
     total_MN += jnp.where(place_M[:, None] >= 0, scaled_MN, 0)
   return total_MN.astype(dtype)
+
+
+def varying_like(operands: Sequence[jax.Array], y: jax.Array) -> jax.Array:
+  """Inside `shard_map`, marks `y` as differing over the axes that any does.
+
+  Neither kernels nor fresh arrays are told on which axes others differ.
+  """
+  axes = set().union(*(jax.typeof(z).mat.varying for z in operands))
+  axes -= jax.typeof(y).mat.varying
+  return lax.pcast(y, tuple(axes), to='varying') if axes else y

@@ -41,7 +41,9 @@ def decode_experts(
     # Later tiles overwrite what this one says of rows that it does not own.
     return lax.dynamic_update_slice_in_dim(y_PD, y_ND, row, 0)
 
+  operands = x_MD, index_MX, *jax.tree.leaves((wi_0, wi_1, wo))
   y_PD = jnp.zeros((rows, x_MD.shape[1]), x_MD.dtype)
+  y_PD = plans.varying_like(operands, y_PD)
   y_PD = lax.fori_loop(0, plan.table_4T[3, 0], body, y_PD)
   return plans.combine(y_PD, plan, weight_MX, x_MD.dtype)
 
