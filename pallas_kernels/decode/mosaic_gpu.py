@@ -100,12 +100,13 @@ def decode_experts(
   """
   up_tiles = up_tiles or _lookup('decode_up', wi_0)
   down_tiles = down_tiles or _lookup('decode_down', wo)
-  tile = min(up_tiles.tokens, down_tiles.tokens, _width(len(x_MD)))
+  widest = max(min(up_tiles.tokens, down_tiles.tokens), plans.WHOLE)
+  tile = min(widest, _width(len(x_MD)))
   plan = plans.make(index_MX, weights.experts(wi_0), tile)
   rows = plans.rows(*index_MX.shape, weights.experts(wi_0), tile)
   whole = plan.source_P is None
   if whole:
-    x_PD = jnp.pad(x_MD, ((0, plans.ALIGN - len(x_MD)), (0, 0)))
+    x_PD = jnp.pad(x_MD, ((0, plans.span(len(x_MD)) - len(x_MD)), (0, 0)))
   else:
     x_PD = x_MD[plan.source_P]
   run = functools.partial(_product, rows=rows, tile=tile, blocks=blocks)
@@ -164,14 +165,8 @@ def _product(
     num_threads=pipeline.CONSUMERS + 1,
     thread_name='warpgroup',
   )
-  operands = jax.tree.leaves(matrices)
-  return _varying_like(x_PK, kernel(plan.table_4T, x_PK, *operands))
-
-
-def _varying_like(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Inside `shard_map`, marks `y` as differing over the axes that `x` does."""
-  axes = jax.typeof(x).mat.varying - jax.typeof(y).mat.varying
-  return lax.pcast(y, tuple(axes), to='varying') if axes else y
+  operands = plan.table_4T, x_PK, *jax.tree.leaves(matrices)
+  return plans.varying_like(operands, kernel(*operands))
 
 
 def fit(

@@ -25,9 +25,8 @@ def decode_experts(
   """See `pallas_kernels.decode.api.decode_experts`."""
   plan = plans.make(index_MX, weights.experts(wi_0), TILE)
   rows = plans.rows(*index_MX.shape, weights.experts(wi_0), TILE)
-  tile = TILE
+  tile = plans.span(len(x_MD)) or TILE
   if plan.source_P is None:
-    tile = plans.ALIGN
     x_PD = jnp.pad(x_MD, ((0, tile - len(x_MD)), (0, 0)))
   else:
     x_PD = x_MD[plan.source_P]
@@ -42,7 +41,9 @@ def decode_experts(
     # Later tiles overwrite what this one says of rows that it does not own.
     return lax.dynamic_update_slice_in_dim(y_PD, y_ND, row, 0)
 
+  operands = x_MD, index_MX, *jax.tree.leaves((wi_0, wi_1, wo))
   y_PD = jnp.zeros((rows, x_MD.shape[1]), x_MD.dtype)
+  y_PD = plans.varying_like(operands, y_PD)
   y_PD = lax.fori_loop(0, plan.table_4T[3, 0], body, y_PD)
   return plans.combine(y_PD, plan, weight_MX, x_MD.dtype)
 

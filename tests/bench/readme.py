@@ -151,11 +151,48 @@ def route(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def decode_experts(results: Sequence[dict[str, Any]]) -> str:
+  """All experts on one device, evenly routed."""
+
+  def shown(row: dict[str, Any]) -> bool:
+    return row.get('routing') == 'uniform' and row['held'] == 256
+
+  def microseconds(row: dict[str, Any], name: str) -> str:
+    found = row['seconds'].get(name)
+    return f'{1e6 * found["median"]:,.0f}' if found else ''
+
+  rows = [
+    [
+      str(row['tokens']),
+      row['format'],
+      f'{row["distinct"]:.0f}',
+      microseconds(row, 'mosaic_gpu'),
+      f'{1e6 * row["floor_seconds"]:,.0f}',
+      f'{100 * row["share"]:.0f}%',
+      microseconds(row, 'training path'),
+      microseconds(row, 'torch.grouped_mm'),
+      str(row['seconds']['mosaic_gpu']['n']),
+      result['device'],
+      f'`{result["commit"][:9]}`',
+    ]
+    for result in results
+    for row in result['rows']
+    if shown(row)
+  ]
+  head = (
+    'tokens', 'weights', 'experts read', 'us', 'reading alone, us',
+    'share of bandwidth', 'our training path, us', 'torch, us', 'n',
+    'device', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'quickstart': quickstart,
   'step_time': step_time,
   'grouped_matmul': grouped_matmul,
   'route': route,
+  'decode_experts': decode_experts,
 }
 
 
