@@ -28,8 +28,8 @@ class Tiles:
     stages: how many stages are in flight.
     band: tiles along the rows that are visited together before the next
       columns, so that both operands stay in the L2 cache.
-    cluster: neighbouring column tiles whose blocks share the copies of their
-      common rows.
+    cluster: neighbouring row tiles whose blocks share the copies of their
+      common columns.
     staging: pieces of an output tile that may be on their way to memory.
   """
 
@@ -74,17 +74,12 @@ class RowTiles:
 
 
 FEW = 80  # rows a group, in the mean: one block can hold those of most groups
-# The product, what may follow it and the size of groups -> tiles. What reads
-# the pre-activations while it stores gives up a stage for the room.
+# The product and the size of groups -> tiles.
 ROW_TILES = {
   ('product', 'few'): RowTiles(rows=(8, 32, 64, 144), cluster=1),
   ('product', 'many'): RowTiles(),
   ('up', 'few'): RowTiles(rows=(8, 32, 64, 144), cluster=1),
   ('up', 'many'): RowTiles(),
-  ('down_backward', 'few'): RowTiles(
-    rows=(8, 32, 64, 144), stages=3, cluster=1
-  ),
-  ('down_backward', 'many'): RowTiles(stages=3),
 }
 
 
@@ -93,7 +88,7 @@ def row_tiles(device_kind: str, operation: str, mean: int) -> RowTiles:
 
   Args:
     device_kind: as `jax.Device.device_kind` has it, such as 'NVIDIA H200'.
-    operation: 'product', 'up' or 'down_backward'.
+    operation: 'product' or 'up'.
     mean: rows a group, in the mean.
   """
   size = 'few' if mean <= FEW else 'many'

@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,7 +36,7 @@ import torch  # noqa: E402
 
 from pallas_kernels import tiles as tile_tables  # noqa: E402
 from pallas_kernels.gmm import mosaic_gpu, pipeline, xla  # noqa: E402
-from tests.bench import record  # noqa: E402
+from tests.bench import record, timing  # noqa: E402
 
 TOP_K = 8
 ALIGN = pipeline.ALIGN
@@ -49,12 +48,9 @@ TUNED = ((3072, 3072), (3072, 1536), (1536, 3072))
 CANDIDATES = (
   tile_tables.Tiles(band=8),
   tile_tables.Tiles(band=16),
-  tile_tables.Tiles(band=32),
-  tile_tables.Tiles(cluster=2),
-  tile_tables.Tiles(stages=3, staging=4),
+  tile_tables.Tiles(band=4, cluster=2),
+  tile_tables.Tiles(band=8, cluster=2),
 )
-ROUNDS = 5
-ROUND_SECONDS = 0.01
 TEMPORARIES = 40e9  # bytes; contenders that would need more are left out
 TOLERANCE = 1e-2  # of bfloat16 results against each other, in norm
 
@@ -198,50 +194,11 @@ def _check(case: Case, calls: Mapping[str, Callable], place: Any) -> None:
       raise RuntimeError(f'{case}: differs from PyTorch by {error:.2e}')
 
 
-def race(calls: Mapping[str, Callable]) -> dict[str, dict[str, float]]:
-  """Seconds a call of each contender, in turns; see `record.summary`."""
-  count = {}
-  for name, call in calls.items():
-    _timed(call, 1)
-    count[name] = max(1, min(20, int(ROUND_SECONDS / _timed(call, 1))))
-  samples = {name: [] for name in calls}
-  for _ in range(ROUNDS):
-    for name, call in calls.items():
-      samples[name].append(_timed(call, count[name]))
-  return {name: record.summary(seconds) for name, seconds in samples.items()}
-
-
-def _timed(call: Callable, count: int) -> float:
-  torch.cuda.synchronize()
-  start = time.perf_counter()
-  for _ in range(count):
-    result = call()
-  if isinstance(result, jax.Array):
-    result.block_until_ready()
-  torch.cuda.synchronize()
-  return (time.perf_counter() - start) / count
-
-
-def denominators() -> dict[str, float]:
-  """Rates of a dense product, FLOP/s, and of a copy, bytes/s, at their best."""
-  make = functools.partial(torch.randn, device='cuda', dtype=torch.bfloat16)
-  a, b = make(8192, 8192), make(8192, 8192)
-  source, target = (
-    make(1 << 31),
-    torch.empty(1 << 31, device='cuda', dtype=torch.bfloat16),
-  )
-  seconds = race({'dense': lambda: a @ b, 'copy': lambda: target.copy_(source)})
-  return {
-    'dense': 2 * 8192**3 / seconds['dense']['median'],
-    'copy': 2 * source.nbytes / seconds['copy']['median'],
-  }
-
-
 def measure(
   case: Case, rates: Mapping[str, float], arrays: tuple[torch.Tensor, ...]
 ) -> dict[str, Any]:
   """One row of the table."""
-  seconds = race(contenders(case, *arrays))
+  seconds = timing.race(contenders(case, *arrays))
   ours = seconds['mosaic_gpu']['median']
   floor = max(case.flops / rates['dense'], case.bytes / rates['copy'])
   row = {
@@ -328,7 +285,7 @@ def main() -> None:
     raise SystemExit(f'grouped_matmul: {refusal}')
   if flags.tune:
     tune(tile_tables.TABLE)
-  rates = denominators()
+  rates = timing.denominators()
   print({name: f'{rate:.4g}' for name, rate in rates.items()}, flush=True)
   rows = [{'operation': name, 'rate': rate} for name, rate in rates.items()]
   rows.append({'operation': 'peer', 'torch': torch.__version__})
