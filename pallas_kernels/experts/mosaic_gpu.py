@@ -38,7 +38,7 @@ def up(
   """Gate and up projections and SwiGLU of them; see `vjp.Backend`."""
   rows = x_PD.shape[0]
   width = wi_0_EDF.shape[2]
-  tiles = tiles or mosaic_gpu.row_tiles('up', rows, sizes_E.shape[0])
+  tiles = tiles or mosaic_gpu.row_tiles(rows, sizes_E.shape[0])
   form = _form(x_PD, tiles, paired=True, transpose=False, panel_count=2)
   found = panels.call(
     'experts_up',

@@ -101,7 +101,7 @@ def sums(
 ) -> jax.Array:
   """Sum of the products of pairs of rows and matrices; see `product`."""
   rows = xs[0].shape[0]
-  tiles = tiles or row_tiles('product', rows, sizes_G.shape[0])
+  tiles = tiles or row_tiles(rows, sizes_G.shape[0])
   form = panels.Form(
     parts=len(xs),
     panels=panels.adjacent(columns),
@@ -143,10 +143,10 @@ def _store_sums(place, values, count, refs, out_smem, *, form) -> None:
       slot = (slot + 1) % form.tiles.staging
 
 
-def row_tiles(operation: str, rows: int, groups: int) -> tile_tables.RowTiles:
+def row_tiles(rows: int, groups: int) -> tile_tables.RowTiles:
   """How to cut the rows on the device at hand, by their mean number."""
   kind = jax.local_devices()[0].device_kind
-  return tile_tables.row_tiles(kind, operation, rows // groups)
+  return tile_tables.row_tiles(kind, rows // groups)
 
 
 def weight_gradient(

@@ -274,7 +274,9 @@ def compare(ours_both, theirs_both) -> None:
     'dwo': (dwo, their_dwo),
   }
   for name, (got, want) in pairs.items():
-    check(name, got[:8], jnp.from_dlpack(want[:8].detach().contiguous()))
+    if name in ('dwi_0', 'dwi_1', 'dwo'):  # as many experts as fit beside
+      got, want = got[:8], want[:8]
+    check(name, got, jnp.from_dlpack(want.detach().contiguous()))
 
 
 def measure(case: Case, rates: Mapping[str, float]) -> list[dict[str, Any]]:
