@@ -40,7 +40,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import pallas_kernels  # noqa: E402
-from m2.parallel import experts  # noqa: E402
 from pallas_kernels import tiles as tile_tables  # noqa: E402
 from pallas_kernels.decode import mosaic_gpu  # noqa: E402
 from tests.bench import record  # noqa: E402
@@ -195,7 +194,7 @@ class Bench:
       layers = {'mosaic_gpu': ours}
       kind = self.held, case.format
       if kind == (EXPERTS, 'bf16') and case.tokens in PROFILED:
-        layers['training path'] = experts.swiglu  # for many tokens
+        layers['training path'] = pallas_kernels.experts  # for many tokens
       for name, layer in layers.items():
         key = name, case.tokens, case.format
         if key not in lowered:
