@@ -144,9 +144,13 @@ def choose(
     row_out: bytes of a row of all results.
     row_scratch: bytes of a row of a chunk, of everything between.
   """
-  rows = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(mean_rows)))
+  rows = _clip(1 << max(mean_rows - 1, 0).bit_length())
+  # A chunk of the mean size, rounded down below its middle: a group a little
+  # larger takes a rest more, not a chunk of twice its rows.
+  chunk = min(chunk, _clip(1 << max(4 * mean_rows // 3, 1).bit_length() - 1))
   while rows >= MIN_ROWS:
-    tiles = Tiles(rows=rows, chunk=min(rows, chunk), rest=min(rows, chip.rest))
+    most = min(rows, chunk)
+    tiles = Tiles(rows=rows, chunk=most, rest=min(most, chip.rest))
     need = resident + rows * (tiles.stages * row_in + 2 * row_out)
     if need + tiles.chunk * row_scratch <= chip.vmem_limit:
       return tiles
@@ -154,6 +158,5 @@ def choose(
   return None
 
 
-def _power_of_two(n: int) -> int:
-  """The least power of two that is not below `n`."""
-  return 1 << max(n - 1, 0).bit_length()
+def _clip(rows: int) -> int:
+  return min(MAX_ROWS, max(MIN_ROWS, rows))
