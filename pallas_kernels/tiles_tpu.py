@@ -6,7 +6,10 @@ read off the compiler's schedules (`gmm/NOTES.md`), since no TPU has timed
 them. Rows of a tile follow from the mean group and from the memory left.
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -115,8 +118,29 @@ INTERPRETED = Chip(
 MAX_ROWS = 512
 
 
+_compiling_for: contextvars.ContextVar[Chip | None] = contextvars.ContextVar(
+  'compiling_for', default=None
+)
+
+
+@contextlib.contextmanager
+def compiling_for(device_kind: str) -> Iterator[Chip]:
+  """Makes `here` a device that is not, to compile ahead of time for it.
+
+  Args:
+    device_kind: as `jax.Device.device_kind` has it; a key of `CHIPS`.
+  """
+  token = _compiling_for.set(CHIPS[device_kind])
+  try:
+    yield CHIPS[device_kind]
+  finally:
+    _compiling_for.reset(token)
+
+
 def here() -> Chip | None:
   """The device at hand; an interpreted one on a CPU; None if unknown."""
+  if chip := _compiling_for.get():
+    return chip
   device = jax.local_devices()[0]
   if device.platform == 'cpu':
     return INTERPRETED

@@ -32,8 +32,11 @@ from jax.experimental.pallas.ops.tpu import megablox
 
 from pallas_kernels import tiles_tpu
 from pallas_kernels.experts import mosaic_tpu as experts
+from pallas_kernels.experts import vjp as experts_vjp
 from pallas_kernels.gmm import mosaic_tpu, stream_tpu
+from pallas_kernels.permute import api as permute_api
 from pallas_kernels.permute import mosaic_tpu as permute
+from pallas_kernels.permute import xla as permute_xla
 from pallas_kernels.route import mosaic_tpu as route
 
 WIDTH, HIDDEN, TOP_K, ALIGN = 3072, 1536, 8, 16
@@ -42,7 +45,7 @@ BF16 = jnp.dtype('bfloat16')
 # ones that fit the vector memory it is given, which it does not ask to extend.
 PEER_TILES = 512, 1024, 1024
 PEERS = ('megablox',)
-OTHERS = ('gather', 'combine', 'route', *PEERS)
+OTHERS = ('gather', 'combine', 'route', 'layer', *PEERS)
 NEEDED = re.compile(r'Scoped allocation with size ([\d.]+)([KMG])')
 UNIT = {'K': 2**10, 'M': 2**20, 'G': 2**30}
 # Slots of a bundle as the compiler's dumps list them, matrix units first.
@@ -185,6 +188,8 @@ def other(operation: str, tokens: int, groups: int) -> Case:
       (score, array(groups, dtype=jnp.float32)), 'route',
       0, 4 * tokens * groups + 8 * slots,
     )  # fmt: skip
+  if operation == 'layer':
+    return layer(tokens, groups)
   if operation != 'megablox':
     raise ValueError(f'no kernel {operation!r}')
   call = functools.partial(
@@ -196,6 +201,38 @@ def other(operation: str, tokens: int, groups: int) -> Case:
   return Case(
     call, (array(slots, WIDTH), wi, sizes), 'gmm',
     2 * slots * WIDTH * HIDDEN, ideal,
+  )  # fmt: skip
+
+
+def layer(tokens: int, groups: int) -> Case:
+  """The whole expert layer and its derivative, every part on these kernels."""
+  permute_api.MOVES.setdefault('mosaic_tpu', permute.MOVES)
+  permute_api.PLANS.setdefault('mosaic_tpu', permute_xla.plan)
+  weight = array(tokens, TOP_K, dtype=jnp.float32)
+  index = array(tokens, TOP_K, dtype=jnp.int32)
+  x = array(tokens, WIDTH)
+  wi, wo = array(groups, WIDTH, HIDDEN), array(groups, HIDDEN, WIDTH)
+
+  def call(dy_MD, x_MD, index_MX, weight_MX, *matrices, chip):
+    del chip  # stands in the context
+    y_MD, pull = jax.vjp(
+      lambda x_MD, weight_MX, *matrices: experts_vjp.experts(
+        experts.BACKEND, 'mosaic_tpu', x_MD, index_MX, weight_MX, *matrices
+      ),
+      x_MD,
+      weight_MX,
+      *matrices,
+    )
+    return y_MD, pull(dy_MD)
+
+  matrix = 2 * groups * WIDTH * HIDDEN
+  slots = tokens * TOP_K
+  # Forward and backward read each matrix, its gradient is written; the widths
+  # of all rows that one kernel writes or reads add up to these.
+  rows = 2 * slots * (15 * WIDTH + 14 * HIDDEN)
+  return Case(
+    call, (x, x, index, weight, wi, wi, wo), 'experts_up',
+    18 * slots * WIDTH * HIDDEN, 9 * matrix + rows,
   )  # fmt: skip
 
 
@@ -330,7 +367,8 @@ def measure(device, name: str, dump: pathlib.Path | None) -> dict[str, Any]:
     chip = None
     row['moved_over_ideal'] = round(peer_moved(one, tokens), 4)
     row['tiles'] = list(PEER_TILES)
-  compiled, seconds = compile_for(device, chip, one)
+  with tiles_tpu.compiling_for(device.device_kind):
+    compiled, seconds = compile_for(device, chip, one)
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   row |= {
     'compile_seconds': round(seconds, 1),
@@ -344,7 +382,7 @@ def measure(device, name: str, dump: pathlib.Path | None) -> dict[str, Any]:
   }
   if dump:
     row |= schedule(dump, one.name)
-  if chip:
+  if chip and operation != 'layer':
     row['vmem_bytes'] = vmem_bytes(device, chip, one)
     row['vmem_limit'] = chip.vmem_limit
   return row

@@ -24,6 +24,8 @@ OTHERS = 'gather:8192:256', 'combine:8192:256', 'route:8192:256'
 MOST = 1.1  # bytes over the ideal
 # The bookkeeping of a plan, beside the work of the products.
 FLOPS_TOLERANCE = 1e-3
+# Rows of the worst case over those of 128 tokens that are there.
+PADDED = 4864 / 1024
 
 
 class KernelsTest(parameterized.TestCase):
@@ -50,6 +52,15 @@ class KernelsTest(parameterized.TestCase):
         # over lanes, are.
         temp = row['temp_bytes'] - row['padding_bytes']
         self.assertLess(temp, 0.01 * row['matrix_bytes'])
+
+  @parameterized.parameters(*TOPOLOGIES)
+  def test_layer_and_derivative_compile_as_one(self, kind):
+    (row,) = child.run('tests.tpu.kernels', [TOPOLOGIES[kind], 'layer:128:256'])
+    self.assertAlmostEqual(
+      row['flops'] / row['flops_analytic'], PADDED, delta=0.1 * PADDED
+    )
+    # With few rows all that is left is what nobody should copy: the matrices.
+    self.assertLess(row['temp_bytes'], 0.1 * row['bytes_ideal'] / 9)
 
 
 if __name__ == '__main__':
