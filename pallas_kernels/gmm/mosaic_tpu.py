@@ -336,12 +336,7 @@ def _gradient_body(*refs, tiles):
     def _():
       move_sum(group, stream_tpu.start)
 
-  for early in range(ahead):
-
-    @pl.when(begin + early < end)
-    def _(early=early):
-      move_rows(begin + early, early, stream_tpu.start)
-
+  stream_tpu.start_early(move_rows, begin, end, ahead)
   lax.fori_loop(begin, end, step, None)
   for late in (1, 0):
     group = plan.group_T[jnp.maximum(end - 1, 0)] - late

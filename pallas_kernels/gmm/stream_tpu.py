@@ -261,19 +261,29 @@ def like(
   )
 
 
-def _stream_body(*refs, compute, tiles, axes, counts):
-  tables, refs = Plan(*refs[: len(Plan._fields)]), refs[len(Plan._fields) :]
+def _copies(tables, refs, axes, counts, tile_rows):
+  """What moves a tile's rows in, its matrices in, and its results out.
+
+  Args:
+    tables: the plan, in scalar memory.
+    refs: operands, matrices and results in memory; the same in vector memory;
+      a semaphore for each copy in flight of each kind.
+    axes: of each matrix the axis that is parted, and the columns of a part.
+    counts: how many operands, matrices and results there are.
+    tile_rows: most rows of a tile.
+
+  Returns:
+    Three functions that take a tile, for rows also its slot, and what to do
+    with each copy: `start` or `wait`; and the three groups of buffers.
+  """
   splits = [sum((*counts, *counts)[:n]) for n in range(7)]
   x_hbm, w_hbm, y_hbm, x_vmem, w_vmem, y_vmem = (
     refs[a:b] for a, b in zip(splits, splits[1:])
   )
   x_arrived, w_arrived, y_left = refs[splits[-1] :]
   block = pl.program_id(1)
-  begin = tables.first_C[pl.program_id(0)]
-  end = tables.first_C[pl.program_id(0) + 1]
-  ahead = tiles.stages - 1
 
-  def move_rows(tile, slot, act):
+  def rows(tile, slot, act):
     extent = (tables.valid_T[tile] + ALIGN - 1) & -ALIGN
     row = tables.row_T[tile]
 
@@ -283,9 +293,9 @@ def _stream_body(*refs, compute, tiles, axes, counts):
         target = vmem.at[slot, pl.ds(offset, size)]
         act(pltpu.make_async_copy(source, target, x_arrived.at[n, slot]))
 
-    pieces(extent, tiles.rows, piece)
+    pieces(extent, tile_rows, piece)
 
-  def move_matrices(tile, act):
+  def matrices(tile, act):
     slot = tables.turn_T[tile] & 1
     for n, (hbm, vmem, (axis, columns)) in enumerate(zip(w_hbm, w_vmem, axes)):
       inside = [slice(None)] * 2
@@ -293,18 +303,31 @@ def _stream_body(*refs, compute, tiles, axes, counts):
       source = hbm.at[tables.group_T[tile], *inside]
       act(pltpu.make_async_copy(source, vmem.at[slot], w_arrived.at[n, slot]))
 
-  def move_results(tile, slot, act):
+  def results(tile, slot, act):
     row = tables.row_T[tile]
 
     def piece(offset, size):
       for n, (hbm, vmem) in enumerate(zip(y_hbm, y_vmem)):
         width = vmem.shape[2]
-        rows = pl.ds(pl.multiple_of(row + offset, ALIGN), size)
-        target = hbm.at[rows, pl.ds(block * width, width)]
+        here = pl.ds(pl.multiple_of(row + offset, ALIGN), size)
+        target = hbm.at[here, pl.ds(block * width, width)]
         source = vmem.at[slot, pl.ds(offset, size)]
         act(pltpu.make_async_copy(source, target, y_left.at[n, slot]))
 
-    pieces(tables.extent_T[tile], tiles.rows, piece)
+    pieces(tables.extent_T[tile], tile_rows, piece)
+
+  return rows, matrices, results, (x_vmem, w_vmem, y_vmem)
+
+
+def _stream_body(*refs, compute, tiles, axes, counts):
+  tables, refs = Plan(*refs[: len(Plan._fields)]), refs[len(Plan._fields) :]
+  move_rows, move_matrices, move_results, buffers = _copies(
+    tables, refs, axes, counts, tiles.rows
+  )
+  x_vmem, w_vmem, y_vmem = buffers
+  begin = tables.first_C[pl.program_id(0)]
+  end = tables.first_C[pl.program_id(0) + 1]
+  ahead = tiles.stages - 1
 
   def step(tile, _):
     since = tile - begin
@@ -349,18 +372,22 @@ def _stream_body(*refs, compute, tiles, axes, counts):
   def _():
     move_matrices(begin, start)
 
-  for early in range(ahead):
-
-    @pl.when(begin + early < end)
-    def _(early=early):
-      move_rows(begin + early, early, start)
-
+  start_early(move_rows, begin, end, ahead)
   lax.fori_loop(begin, end, step, None)
   for late in (2, 1):
 
     @pl.when(end - begin >= late)
     def _(late=late):
       move_results(end - late, lax.rem(end - begin - late, 2), wait)
+
+
+def start_early(move_rows: Callable, begin, end, count: int) -> None:
+  """Starts the copies of the first `count` tiles, each into its own slot."""
+  for early in range(count):
+
+    @pl.when(begin + early < end)
+    def _(early=early):
+      move_rows(begin + early, early, start)
 
 
 def start(copy) -> None:
