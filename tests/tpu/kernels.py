@@ -321,7 +321,7 @@ def fetches(plan: stream_tpu.Plan) -> int:
 
 
 def schedule(folder: pathlib.Path, name: str) -> dict[str, Any]:
-  """The longest loop over the matrix units in the compiler's schedule."""
+  """How full the matrix units' slots are where they work most."""
   files = sorted(folder.glob(SCHEDULE.format(name=f'{name}.')))
   if not files:
     return {}
@@ -334,12 +334,9 @@ def schedule(folder: pathlib.Path, name: str) -> dict[str, Any]:
   cuts = np.flatnonzero(np.diff(busy) > IDLE)
   first = np.concatenate([busy[:1], busy[cuts + 1]])
   last = np.concatenate([busy[cuts], busy[-1:]])
-  longest = (last - first).argmax()
-  loop = used[first[longest] : last[longest] + 1]
-  return {
-    'loop_bundles': len(loop),
-    'matrix_slots': loop.sum() / (units * len(loop)),
-  }
+  loops = [used[a : b + 1] for a, b in zip(first, last)]
+  main = max(loops, key=lambda loop: loop.sum())
+  return {'matrix_slots': main.sum() / (units * len(main))}
 
 
 def measure(device, name: str, dump: pathlib.Path | None) -> dict[str, Any]:
