@@ -1,8 +1,8 @@
 """Tile sizes are data: one frozen record an operation, a table a device kind.
 
 `tiles.json` holds what `autotune` measured: device kind -> operation ->
-contraction and output widths -> Tiles. A shape that is not in the table takes
-the default, which is sound on every Hopper GPU.
+contraction and output widths, or size of the groups -> tiles. What is not in
+the table takes the default, which is sound on every Hopper GPU.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Tiles:
     stages: how many stages are in flight.
     band: tiles along the rows that are visited together before the next
       columns, so that both operands stay in the L2 cache.
-    cluster: neighbouring column tiles whose blocks share the copies of their
-      common rows.
+    cluster: neighbouring row tiles whose blocks share the copies of their
+      common columns.
     staging: pieces of an output tile that may be on their way to memory.
   """
 
@@ -73,35 +73,32 @@ class RowTiles:
       raise ValueError(f'{self}: needs 2 stages and 1 of the rest at least')
 
 
-FEW = 80  # rows a group, in the mean: one block can hold those of most groups
-# The product, what may follow it and the size of groups -> tiles. What reads
-# the pre-activations while it stores gives up a stage for the room.
+# Up to so many rows a group, in the mean, one block holds those of most groups.
+FEW = 136
 ROW_TILES = {
-  ('product', 'few'): RowTiles(rows=(8, 32, 64, 144), cluster=1),
-  ('product', 'many'): RowTiles(),
-  ('up', 'few'): RowTiles(rows=(8, 32, 64, 144), cluster=1),
-  ('up', 'many'): RowTiles(),
-  ('down_backward', 'few'): RowTiles(
-    rows=(8, 32, 64, 144), stages=3, cluster=1
-  ),
-  ('down_backward', 'many'): RowTiles(stages=3),
+  'few': RowTiles(rows=(8, 32, 64, 144), cluster=1),
+  'many': RowTiles(),
 }
 
 
-def row_tiles(device_kind: str, operation: str, mean: int) -> RowTiles:
+def row_tiles(device_kind: str, mean: int) -> RowTiles:
   """The row tiles measured best for this device, or the default.
 
   Args:
     device_kind: as `jax.Device.device_kind` has it, such as 'NVIDIA H200'.
-    operation: 'product', 'up' or 'down_backward'.
     mean: rows a group, in the mean.
   """
-  size = 'few' if mean <= FEW else 'many'
-  found = _table().get(device_kind, {}).get('rows', {}).get(operation, {})
+  size = size_of(mean)
+  found = _table().get(device_kind, {}).get('rows', {})
   if size in found:
     entry = found[size]
     return RowTiles(**entry | {'rows': tuple(entry['rows'])})
-  return ROW_TILES[operation, size]
+  return ROW_TILES[size]
+
+
+def size_of(mean: int) -> str:
+  """Which entry of the table serves groups of `mean` rows."""
+  return 'few' if mean <= FEW else 'many'
 
 
 def lookup(device_kind: str, operation: str, shape: tuple[int, int]) -> Tiles:
@@ -109,9 +106,8 @@ def lookup(device_kind: str, operation: str, shape: tuple[int, int]) -> Tiles:
 
   Args:
     device_kind: as `jax.Device.device_kind` has it, such as 'NVIDIA H200'.
-    operation: 'product', 'transposed' or 'weight_gradient'.
-    shape: widths of the contraction and of the output; for
-      'weight_gradient', of the output's two sides.
+    operation: 'weight_gradient'.
+    shape: widths of the output's two sides.
   """
   entry = _table().get(device_kind, {}).get(operation, {})
   found = entry.get('x'.join(map(str, shape)))

@@ -6,13 +6,13 @@ partial sums back (reduce-scatter). It runs on every platform and is the oracle
 of any other strategy. Bytes per device and direction: M * D * (n - 1) / n.
 """
 
+import functools
+
 import jax
-import jax.numpy as jnp
 
 import pallas_kernels
 from m2.parallel import sharding
 from pallas_kernels import dispatch
-from pallas_kernels.gmm import api
 
 STRATEGIES = ('gather',)
 
@@ -71,9 +71,10 @@ def expert_parallel(
 
 
 def _gather(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl):
+  layer = functools.partial(pallas_kernels.experts, impl=impl)
   sizes = sharding.axis_sizes()
   if not sizes:
-    return swiglu(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl)
+    return layer(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
   # Every operand differs over every axis from here on, so that custom
   # derivatives inside see one kind of value; the transposes sum for us.
   tokens = [sharding.varying(x) for x in (x_MD, index_MX, weight_MX)]
@@ -85,30 +86,9 @@ def _gather(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl):
     ]
   x_MD, index_MX, weight_MX = tokens
   first = jax.lax.axis_index('expert') * wi_0_EDF.shape[0]
-  y_MD = swiglu(x_MD, index_MX - first, weight_MX, *weights, impl)
+  # Experts of other devices are outside [0, E): they contribute nothing.
+  y_MD = layer(x_MD, index_MX - first, weight_MX, *weights)
   if sizes['expert'] > 1:
     # reduce-scatter over 'expert': (n - 1) * M * D * itemsize out.
     y_MD = jax.lax.psum_scatter(y_MD, 'expert', scatter_dimension=0, tiled=True)
   return jax.lax.psum(y_MD, 'tensor')
-
-
-def swiglu(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl=None):
-  """The experts present on this device, applied to the tokens that chose them.
-
-  Indices outside [0, E) belong to experts elsewhere and contribute nothing.
-  """
-  experts = wi_0_EDF.shape[0]
-  align = api.alignment(
-    index_MX.size, experts, wi_0_EDF.shape[1:], x_MD.dtype, impl=impl
-  )
-  rows = pallas_kernels.permute(x_MD, index_MX, experts, align=align)
-
-  def product(x_PK, w_EKN):
-    return pallas_kernels.grouped_matmul(
-      x_PK, w_EKN, rows.sizes_G, align=align, impl=impl
-    )
-
-  gate_PF = product(rows.x_PD, wi_0_EDF)
-  hidden_PF = jax.nn.silu(gate_PF) * product(rows.x_PD, wi_1_EDF)
-  y_PD = product(hidden_PF, wo_EFD)
-  return pallas_kernels.unpermute(y_PD, rows, weight_MX.astype(jnp.float32))

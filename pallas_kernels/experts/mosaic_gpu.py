@@ -2,25 +2,20 @@
 
 Forward, gate and up projections are one pass over the rows whose results meet
 in registers: the pre-activations and the activation leave together. Backward,
-the gradient of the activation never reaches memory: the pre-activations are
-read while the products run, and what is stored is what the weight gradients
-and the gradient of the rows need. See `gmm/panels.py` for the products.
+both products of the rows' gradient are summed in registers. See
+`gmm/panels.py` for the products.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import vjp
 from pallas_kernels.gmm import layout, mosaic_gpu, panels, pipeline
 
-LINE = 32  # float32 values of the 128 bytes to which bulk copies align
-LOADS = 2  # pieces of the pre-activations that are on their way at a time
 LOG2_E = 1.4426950408889634
 
 
@@ -43,7 +38,7 @@ def up(
   """Gate and up projections and SwiGLU of them; see `vjp.Backend`."""
   rows = x_PD.shape[0]
   width = wi_0_EDF.shape[2]
-  tiles = tiles or mosaic_gpu.row_tiles('up', rows, sizes_E.shape[0])
+  tiles = tiles or mosaic_gpu.row_tiles(rows, sizes_E.shape[0])
   form = _form(x_PD, tiles, paired=True, transpose=False, panel_count=2)
   found = panels.call(
     'experts_up',
@@ -52,7 +47,6 @@ def up(
     layout.segments(sizes_E, rows, align, tiles.rows[-1], tiles.cluster),
     [x_PD],
     [wi_0_EDF, wi_1_EDF],
-    [],
     width,
     [jax.ShapeDtypeStruct((rows, width), x_PD.dtype)] * (3 if save else 1),
     blocks=blocks,
@@ -113,62 +107,30 @@ def down_backward(
   blocks: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Gradients through the down projection and SwiGLU; see `vjp.Backend`."""
-  rows, width = gate_PF.shape
-  tiles = tiles or mosaic_gpu.row_tiles('down_backward', rows, sizes_E.shape[0])
-  form = _form(
+  dact_PF = mosaic_gpu.product(
     dy_PD,
-    tiles,
-    paired=False,
+    wo_EFD,
+    sizes_E,
+    align=align,
     transpose=True,
-    panel_count=panels.adjacent(width),
-  )
-  result = jax.ShapeDtypeStruct((rows, width), dy_PD.dtype)
-  staged = (pipeline.CONSUMERS, LOADS, 2, form.chunk, pipeline.HALF)
-  plan = layout.segments(sizes_E, rows, align, tiles.rows[-1], tiles.cluster)
-  # Sums over F, a line a tile and part of F, as long as a bulk copy needs.
-  line = layout.round_up(tiles.rows[-1], LINE)
-  parts = width // (form.panels * pipeline.HALF)
-  lines = len(plan.row_S) * tiles.cluster
-  *found, share_CTR = panels.call(
-    'experts_down_backward',
-    form,
-    functools.partial(_store_gradients, form=form),
-    plan,
-    [dy_PD],
-    [wo_EFD],
-    [gate_PF, up_PF, weight_P],
-    width,
-    [result] * 3 + [jax.ShapeDtypeStruct((parts, lines, line), jnp.float32)],
+    out_dtype=dy_PD.dtype,
+    tiles=tiles,
     blocks=blocks,
-    begin=functools.partial(_load_first, form=form),
-    scratch={
-      'in_smem': pipeline.swizzled(staged, dy_PD.dtype),
-      'weight_smem': plgpu.SMEM((pipeline.CONSUMERS, line), jnp.float32),
-      'share_smem': plgpu.SMEM((pipeline.CONSUMERS, line), jnp.float32),
-      'loaded': plgpu.Barrier(
-        num_arrivals=2, num_barriers=pipeline.CONSUMERS * LOADS
-      ),
-      'weighted': plgpu.Barrier(num_barriers=pipeline.CONSUMERS),
-    },
   )
-  found = [mosaic_gpu.varying_like(dy_PD, z) for z in found]
-  share_TR = mosaic_gpu.varying_like(dy_PD, share_CTR).sum(0)
-  return *found, _rows_of_tiles(share_TR, plan, rows, tiles.cluster)
-
-
-def _rows_of_tiles(share_TR, plan, rows, members) -> jax.Array:
-  """float32[rows]: the sum that each row has in the line of its tile."""
-  row_P = jnp.arange(rows, dtype=jnp.int32)
-  segment_S = jnp.arange(len(plan.row_S))
-  begun_PS = (plan.row_S[None] <= row_P[:, None]) & (
-    segment_S < plan.count_1[0]
-  )[None]
-  segment_P = begun_PS.sum(1, dtype=jnp.int32) - 1
-  offset_P = row_P - plan.row_S[segment_P]
-  tile_P = jnp.maximum(plan.tile_S[segment_P], 1)
-  line_P = segment_P * members + offset_P // tile_P
-  share_P = share_TR[line_P, offset_P % tile_P]
-  return jnp.where(offset_P < plan.valid_S[segment_P], share_P, 0)
+  # One pass that XLA fuses; NOTES.md has why it is not the product's epilogue.
+  # Rows of no group have a gradient of zeros, and `up` left zeros there.
+  dact_PF, gate_PF, up_PF = (
+    z.astype(jnp.float32) for z in (dact_PF, gate_PF, up_PF)
+  )
+  sigmoid_PF = jax.nn.sigmoid(gate_PF)
+  silu_PF = gate_PF * sigmoid_PF
+  slope_PF = sigmoid_PF + silu_PF - silu_PF * sigmoid_PF
+  act_PF = silu_PF * up_PF
+  scaled_PF = weight_P[:, None] * dact_PF
+  results = scaled_PF * up_PF * slope_PF, scaled_PF * silu_PF
+  results += (weight_P[:, None] * act_PF,)
+  dweight_P = (dact_PF * act_PF).sum(1)
+  return *(z.astype(dy_PD.dtype) for z in results), dweight_P
 
 
 def _form(x, tiles, *, paired, transpose, panel_count) -> panels.Form:
@@ -222,127 +184,12 @@ def _store_activations(
       stager.put(piece_FR, y_ref, first, column)
 
 
-def _pieces(form, place, count) -> Sequence[tuple[int, int, int]]:
-  """(first row, rows, panel) of the pieces of a tile in their order."""
-  return [
-    (first, size, panel)
-    for first, size in panels.chunks(count, form.chunk)
-    for panel in range(form.panels)
-  ]
-
-
-def _load(form, place, count, refs, in_smem, loaded, index) -> None:
-  """Fetches the pre-activations of the index-th piece of a tile."""
-  first, size, panel = _pieces(form, place, count)[index]
-  slot = index % LOADS
-  rows = pl.ds(place.row + first, size)
-  columns = pl.ds(place.columns[panel], pipeline.HALF)
-  for which, ref in enumerate(refs[:2]):
-    plgpu.copy_gmem_to_smem(
-      ref.at[rows, columns],
-      in_smem.at[place.warpgroup, slot, which, pl.ds(0, size)],
-      loaded.at[place.warpgroup * LOADS + slot],
-    )
-
-
-def _load_first(
-  place, count, refs, *, form, in_smem, weight_smem, loaded, weighted, **_
-) -> None:
-  """Starts the loads that a tile's results will meet."""
-  plgpu.copy_gmem_to_smem(
-    refs[2].at[pl.ds(place.row, count)],
-    weight_smem.at[place.warpgroup, pl.ds(0, count)],
-    weighted.at[place.warpgroup],
-  )
-  for index in range(min(LOADS, len(_pieces(form, place, count)))):
-    _load(form, place, count, refs, in_smem, loaded, index)
-
-
-def _store_gradients(
-  place,
-  values,
-  count,
-  refs,
-  *,
-  form,
-  out_smem,
-  in_smem,
-  weight_smem,
-  share_smem,
-  loaded,
-  weighted,
-) -> None:
-  """Stores the gradients of the pre-activations and of the weights."""
-  stager = _Stager(form, place, out_smem)
-  me = place.warpgroup
-  outputs = refs[3:6]
-  pieces = _pieces(form, place, count)
-  plgpu.barrier_wait(weighted.at[me])
-  # The last tile's shares have left `share_smem`.
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  for index, (first, size, panel) in enumerate(pieces):
-    slot = index % LOADS
-    plgpu.barrier_wait(loaded.at[me * LOADS + slot])
-    gate_FR, up_FR = (
-      in_smem.at[me, slot, which, pl.ds(0, size)]
-      .transpose((1, 0))[...]
-      .astype(jnp.float32)
-      for which in range(2)
-    )
-    weight_R = plgpu.load(
-      weight_smem.at[me, pl.ds(first, size)],
-      layout=plgpu.Layout.WGMMA.reduce(0),
-    )
-    weight_FR = jax.lax.broadcast_in_dim(weight_R, gate_FR.shape, (1,))
-    dact_FR = values[panel][:, first : first + size]
-    sigmoid_FR = _sigmoid(gate_FR)
-    silu_FR = gate_FR * sigmoid_FR
-    act_FR = silu_FR * up_FR
-    share_FR = panels.masked(dact_FR * act_FR, first, place.valid)
-    share_R = jnp.sum(share_FR, axis=0)
-    if panel:
-      share_R += plgpu.load(
-        share_smem.at[me, pl.ds(first, size)],
-        layout=plgpu.Layout.WGMMA.reduce(0),
-      )
-    share_smem[me, pl.ds(first, size)] = share_R
-    scaled_FR = weight_FR * dact_FR
-    slope_FR = sigmoid_FR + silu_FR - silu_FR * sigmoid_FR
-    results = (
-      scaled_FR * up_FR * slope_FR,
-      scaled_FR * silu_FR,
-      weight_FR * act_FR,
-    )
-    for result_FR, y_ref in zip(results, outputs):
-      stager.put(
-        panels.masked(result_FR, first, place.valid),
-        y_ref,
-        first,
-        place.columns[panel],
-      )
-    # `put` has synchronised the warpgroup: all have read the slot.
-    if index + LOADS < len(pieces):
-      _load(form, place, count, refs, in_smem, loaded, index + LOADS)
-  _store_shares(form, place, refs[6], share_smem)
-
-
-def _store_shares(form, place, y_ref, share_smem) -> None:
-  """Sends a warpgroup's sums over its part of F to memory."""
-  me = place.warpgroup
-  column = jax.lax.div(
-    place.columns[0] - me * pipeline.HALF, panels.PANEL * form.panels
-  )
-  part = column * pipeline.CONSUMERS + me
-  line = place.segment * form.tiles.cluster + jax.lax.axis_index('member')
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(share_smem.at[me], y_ref.at[part, line])
-
-
 BACKEND = vjp.Backend(
   alignment=lambda rows, groups: pipeline.ALIGN,
   up=up,
   down=down,
   down_backward=down_backward,
   up_backward=up_backward,
-  weight_gradient=mosaic_gpu.weight_gradient,
+  # Rows come from `permute.gather` and the products above: zeros in the gaps.
+  weight_gradient=functools.partial(mosaic_gpu.weight_gradient, clean=True),
 )

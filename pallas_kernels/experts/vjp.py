@@ -25,8 +25,8 @@ from pallas_kernels.permute import api as permute
 class Backend(NamedTuple):
   """What a backend provides; P rows lie in groups with aligned starts.
 
-  Rows of no group give zeros, whatever they hold, except that `weight_P` is 0
-  and the rows of `x_PD` and `dy_PD` are zeros there.
+  Rows of no group give zeros. Operands hold zeros there, too: the gather and
+  the products leave them.
 
   Attributes:
     alignment: (rows, groups) -> multiple to which group starts are rounded up.

@@ -101,7 +101,7 @@ def sums(
 ) -> jax.Array:
   """Sum of the products of pairs of rows and matrices; see `product`."""
   rows = xs[0].shape[0]
-  tiles = tiles or row_tiles('product', rows, sizes_G.shape[0])
+  tiles = tiles or row_tiles(rows, sizes_G.shape[0])
   form = panels.Form(
     parts=len(xs),
     panels=panels.adjacent(columns),
@@ -118,7 +118,6 @@ def sums(
     layout.segments(sizes_G, rows, align, tiles.rows[-1], tiles.cluster),
     xs,
     ws,
-    [],
     columns,
     [jax.ShapeDtypeStruct((rows, columns), out_dtype)],
     blocks=blocks,
@@ -144,10 +143,10 @@ def _store_sums(place, values, count, refs, out_smem, *, form) -> None:
       slot = (slot + 1) % form.tiles.staging
 
 
-def row_tiles(operation: str, rows: int, groups: int) -> tile_tables.RowTiles:
+def row_tiles(rows: int, groups: int) -> tile_tables.RowTiles:
   """How to cut the rows on the device at hand, by their mean number."""
   kind = jax.local_devices()[0].device_kind
-  return tile_tables.row_tiles(kind, operation, rows // groups)
+  return tile_tables.row_tiles(kind, rows // groups)
 
 
 def weight_gradient(
@@ -157,6 +156,7 @@ def weight_gradient(
   *,
   align: int,
   out_dtype: jax.typing.DTypeLike,
+  clean: bool = False,
   tiles: tile_tables.Tiles | None = None,
   blocks: int | None = None,
 ) -> jax.Array:
@@ -168,17 +168,19 @@ def weight_gradient(
     sizes_G: rows per group.
     align: multiple of 8 to which group starts are rounded up.
     out_dtype: bfloat16 or float32.
+    clean: all rows are finite, those of no group too: then it is enough that
+      one operand is masked where a group ends, and nobody waits.
     tiles: how to cut; None looks the device up.
     blocks: persistent blocks; None takes one a multiprocessor.
   """
   width, columns = x_PK.shape[1], dy_PN.shape[1]
   tiles = tiles or _lookup('weight_gradient', width, columns)
-  pipeline.check(tiles, width % pipeline.ROWS, columns)
+  pipeline.check(tiles, width, columns)
   chunk = pipeline.SWIZZLE // jnp.dtype(out_dtype).itemsize
   sizes_G = sizes_G.astype(jnp.int32)
   shape = sizes_G.shape[0], width, columns
   kernel = plgpu.kernel(
-    functools.partial(_gradient_body, tiles=tiles),
+    functools.partial(_gradient_body, tiles=tiles, clean=clean),
     out_type=jax.ShapeDtypeStruct(shape, out_dtype),
     scratch_types=pipeline.scratch(
       tiles,
@@ -209,16 +211,26 @@ def _lookup(operation: str, depth: int, columns: int) -> tile_tables.Tiles:
 
 
 def _mask_tail(a_smem, b_smem, left, masked, tiles):
-  """Zeroes rows past the group's last: another group's, or nobody's."""
+  """Zeroes rows past the group's last: another group's, or nobody's.
+
+  Args:
+    a_smem: this warpgroup's part of the first operand.
+    b_smem: its share of the second, or None to leave it.
+    left: rows that the group still has.
+    masked: where the warpgroups wait for each other, if there is a second.
+    tiles: how the products are cut.
+  """
 
   @pl.when(left < tiles.depth)
   def _():
     pipeline.mask_rows(a_smem, left)
-    pipeline.mask_rows(b_smem, left)
+    if b_smem is not None:
+      pipeline.mask_rows(b_smem, left)
     plgpu.commit_smem()
-    # Both warpgroups read all of b, of which each has masked its share.
-    plgpu.barrier_arrive(masked)
-    plgpu.barrier_wait(masked)
+    if b_smem is not None:
+      # Both warpgroups read all of b, of which each has masked its share.
+      plgpu.barrier_arrive(masked)
+      plgpu.barrier_wait(masked)
 
 
 def _gradient_body(
@@ -235,18 +247,21 @@ def _gradient_body(
   empty,
   masked,
   tiles,
+  clean,
 ):
   groups, width, columns = dw_ref.shape
-  row_tiles = width // pipeline.ROWS
-  column_tiles = columns // (tiles.columns * tiles.cluster)
+  row_tiles = width // (pipeline.ROWS * tiles.cluster)
+  column_tiles = columns // tiles.columns
 
   def locate(item):
     group = lax.div(item, row_tiles * column_tiles)
     inner = lax.rem(item, row_tiles * column_tiles)
     tile, column = pipeline.raster(inner, row_tiles, column_tiles, tiles.band)
     steps = lax.div(size_ref[group] + tiles.depth - 1, tiles.depth)
-    first = pipeline.first_column(column, tiles)
-    return group, tile * pipeline.ROWS, first, steps
+    tile = tile * tiles.cluster + lax.axis_index('member')
+    first = pl.multiple_of(tile * pipeline.ROWS, pipeline.ROWS)
+    column = pl.multiple_of(column * tiles.columns, tiles.columns)
+    return group, first, column, steps
 
   def fetch(item, ring):
     group, tile, column, steps = locate(item)
@@ -259,12 +274,12 @@ def _gradient_body(
         x_ref.at[rows, pl.ds(tile, pipeline.ROWS)],
         a_smem.at[slot],
         full.at[slot],
-        **pipeline.multicast(tiles),
       )
       plgpu.copy_gmem_to_smem(
         dy_ref.at[rows, pl.ds(column, tiles.columns)],
         b_smem.at[slot],
         full.at[slot],
+        **pipeline.multicast(tiles),
       )
 
     return pipeline.fetch(copy, steps, ring, empty, tiles)
@@ -278,33 +293,37 @@ def _gradient_body(
     def step(accs, slot, index):
       left = size - index * tiles.depth
       ours = b_smem.at[slot, :, pl.ds(warpgroup * share, share)]
+      ours = None if clean else ours
       _mask_tail(a_smem.at[slot, :, mine], ours, left, masked, tiles)
       x_smem = a_smem.at[slot, :, mine].transpose((1, 0))
       plgpu.wgmma(accs[0], x_smem, b_smem.at[slot])
-
-    def store(chunk, values, slot):
-      out_smem[warpgroup, slot] = values.astype(dw_ref.dtype)
-      plgpu.commit_smem()
-      width = values.shape[1]
-      target = dw_ref.at[
-        group,
-        pl.ds(tile + warpgroup * pipeline.HALF, pipeline.HALF),
-        pl.ds(column + chunk * width, width),
-      ]
-      plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, slot], target)
 
     shapes = [(pipeline.HALF, tiles.columns)]
     (total,) = pipeline.accumulate(
       step, steps, ring, full, empty, tiles, shapes
     )
-    chunk = out_smem.shape[-1]
-    for piece in range(tiles.columns // chunk):
-      plgpu.wait_smem_to_gmem(tiles.staging - 1, wait_read_only=True)
-      values = total[:, piece * chunk : (piece + 1) * chunk]
-      store(piece, values, piece % tiles.staging)
+    _store_columns(
+      total,
+      dw_ref.at[group, pl.ds(tile + warpgroup * pipeline.HALF, pipeline.HALF)],
+      column,
+      out_smem.at[warpgroup],
+    )
     return ring + steps
 
   pipeline.run(fetch, multiply, groups * row_tiles * column_tiles, empty, tiles)
+
+
+def _store_columns(total, target, column, staging) -> None:
+  """Stores sums, a piece as wide as a swizzle at a time."""
+  slots, _, width = staging.shape
+  for piece in range(total.shape[1] // width):
+    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+    values = total[:, piece * width : (piece + 1) * width]
+    staged = staging.at[piece % slots]
+    staged[...] = values.astype(staged.dtype)
+    plgpu.commit_smem()
+    columns = pl.ds(column + piece * width, width)
+    plgpu.copy_smem_to_gmem(staged, target.at[:, columns])
 
 
 BACKEND = vjp.Backend(alignment, product, weight_gradient)

@@ -17,6 +17,7 @@ Rows of no group are stored as zeros, whatever they hold.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,6 @@ class Place:
   """Where the results of one warpgroup's part of a tile belong.
 
   Attributes:
-    segment: number of the segment that the tile is of.
     row: first row.
     valid: rows that hold results; the others get zeros.
     extent: rows to write, a multiple of 8.
@@ -78,7 +78,6 @@ class Place:
     warpgroup: who stores.
   """
 
-  segment: jax.Array
   row: jax.Array
   valid: jax.Array
   extent: jax.Array
@@ -86,7 +85,6 @@ class Place:
   warpgroup: jax.Array
 
 
-Begin = Callable[..., None]
 Finish = Callable[..., None]
 
 
@@ -97,30 +95,24 @@ def call(
   plan: layout.Segments,
   xs: Sequence[jax.Array],
   ws: Sequence[jax.Array],
-  extra: Sequence[jax.Array],
   columns: int,
   outputs: Sequence[jax.ShapeDtypeStruct],
   *,
   blocks: int | None,
-  begin: Begin | None = None,
-  scratch: dict | None = None,
 ) -> Sequence[jax.Array]:
   """Runs one kernel.
 
   Args:
     name: of the kernel.
     form: what it is made for.
-    finish: (place, values, count, refs, **scratch) stores the sums `values` of
-      a tile, float32[64, count] a panel; `refs` are `extra`, then the outputs.
+    finish: (place, values, count, outputs, staging memory) stores the sums
+      `values` of a tile, float32[64, count] a panel.
     plan: segments of the rows.
     xs: bfloat16 rows of each part.
     ws: bfloat16 matrices.
-    extra: further operands of `finish`.
     columns: output features that the tiles have to cover, of one matrix.
     outputs: what comes out.
     blocks: persistent blocks; None takes one a multiprocessor.
-    begin: (place, count, refs, **scratch), before a tile is multiplied.
-    scratch: further scratch memory of `begin` and `finish`.
   """
   width = PANEL if form.paired else PANEL * form.panels
   if xs[0].shape[1] % DEPTH or columns % width:
@@ -133,16 +125,15 @@ def call(
       _body,
       form=form,
       finish=finish,
-      begin=begin,
       sources=len(ws),
       column_tiles=columns // width,
     ),
     out_type=list(outputs),
-    scratch_types=_scratch(form) | (scratch or {}),
+    scratch_types=_scratch(form),
     compiler_params=plgpu.CompilerParams(approx_math=True),
     **pipeline.mesh(name, form.tiles, blocks),
   )
-  return kernel(*plan, *xs, *ws, *extra)
+  return kernel(*plan, *xs, *ws)
 
 
 def _scratch(form: Form) -> dict:
@@ -161,109 +152,129 @@ def _scratch(form: Form) -> dict:
   }
 
 
-def _body(
-  *refs,
-  form,
-  finish,
-  begin,
-  sources,
-  column_tiles,
-  w_smem,
-  x_smem,
-  full,
-  empty,
-  **scratch,
-):
-  tiles = form.tiles
+def _body(*refs, form, finish, sources, column_tiles, **memory):
   plan = layout.Segments(*refs[: len(layout.Segments._fields)])
   refs = refs[len(plan) :]
-  x_refs, w_refs = refs[: form.parts], refs[form.parts : form.parts + sources]
-  refs = refs[form.parts + sources :]
-  part_steps = x_refs[0].shape[1] // DEPTH
+  block = _Block(
+    form=form,
+    finish=finish,
+    plan=plan,
+    column_tiles=column_tiles,
+    x_refs=refs[: form.parts],
+    w_refs=refs[form.parts : form.parts + sources],
+    outputs=refs[form.parts + sources :],
+    **memory,
+  )
+  items = plan.count_1[0] * column_tiles
+  pipeline.run(block.fetch, block.multiply, items, block.empty, form.tiles)
 
-  def locate(item):
-    segment = lax.div(item, column_tiles)
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+  """What one block works with, and its two roles."""
+
+  form: Form
+  finish: Finish
+  plan: layout.Segments
+  column_tiles: int
+  x_refs: Sequence
+  w_refs: Sequence
+  outputs: Sequence
+  w_smem: Any
+  x_smem: Any
+  out_smem: Any
+  full: Any
+  empty: Any
+
+  @property
+  def part_steps(self) -> int:
+    """Stages of a part of the contraction."""
+    return self.x_refs[0].shape[1] // DEPTH
+
+  def locate(self, item):
+    """Segment, column tile and stages of an item; this member's rows of it."""
+    plan = self.plan
+    segment = lax.div(item, self.column_tiles)
     # A segment of no valid rows is stored as zeros without being multiplied.
     busy = plan.valid_S[segment] > 0
-    steps = jnp.where(busy, form.parts * part_steps, 0)
-    first = lax.axis_index('member') * plan.tile_S[segment]
+    steps = jnp.where(busy, self.form.parts * self.part_steps, 0)
     tile = plan.tile_S[segment]
+    first = lax.axis_index('member') * tile
     extent = jnp.clip(plan.extent_S[segment] - first, 0, tile)
     valid = jnp.clip(plan.valid_S[segment] - first, 0, tile)
     row = pl.multiple_of(plan.row_S[segment] + first, pipeline.ALIGN)
-    return segment, lax.rem(item, column_tiles), steps, row, valid, extent
+    return segment, lax.rem(item, self.column_tiles), steps, row, valid, extent
 
-  def fetch(item, ring):
-    segment, column, steps, row, _, extent = locate(item)
-    group = plan.group_S[segment]
-
-    def copy_part(part, step, slot):
-      deep = pl.ds(step * DEPTH, DEPTH)
-      for panel in range(form.panels):
-        wide = pl.ds(form.columns(column, panel), PANEL)
-        cut = (wide, deep) if form.transpose else (deep, wide)
-        plgpu.copy_gmem_to_smem(
-          w_refs[form.weights(part, panel)].at[group, *cut],
-          w_smem.at[slot, panel],
-          full.at[slot],
-          **pipeline.multicast(tiles),
-        )
-
-      def copy_rows(count):
-        plgpu.copy_gmem_to_smem(
-          x_refs[part].at[pl.ds(row, count), deep],
-          x_smem.at[slot, pl.ds(0, count)],
-          full.at[slot],
-        )
-
-      _by_count(extent, tiles.rows, copy_rows, none=tiles.rows[0])
+  def fetch(self, item, ring):
+    """Copies an item's operands into the ring."""
+    segment, column, steps, row, _, extent = self.locate(item)
+    group = self.plan.group_S[segment]
 
     def copy(step, slot):
-      for part in range(form.parts):
-        in_part = lax.div(step, part_steps) == part
+      for part in range(self.form.parts):
+        in_part = lax.div(step, self.part_steps) == part
+        run = functools.partial(
+          self._copy_part, part, group, column, row, extent, step, slot
+        )
+        pl.when(in_part)(run) if self.form.parts > 1 else run()
 
-        @pl.when(in_part if form.parts > 1 else True)
-        def _(part=part):
-          copy_part(part, step - part * part_steps, slot)
+    return pipeline.fetch(copy, steps, ring, self.empty, self.form.tiles)
 
-    return pipeline.fetch(copy, steps, ring, empty, tiles)
+  def _copy_part(self, part, group, column, row, extent, step, slot):
+    form = self.form
+    deep = pl.ds((step - part * self.part_steps) * DEPTH, DEPTH)
+    for panel in range(form.panels):
+      wide = pl.ds(form.columns(column, panel), PANEL)
+      cut = (wide, deep) if form.transpose else (deep, wide)
+      plgpu.copy_gmem_to_smem(
+        self.w_refs[form.weights(part, panel)].at[group, *cut],
+        self.w_smem.at[slot, panel],
+        self.full.at[slot],
+        **pipeline.multicast(form.tiles),
+      )
 
-  def multiply(item, ring, warpgroup):
-    segment, column, steps, row, valid, extent = locate(item)
+    def copy_rows(count):
+      plgpu.copy_gmem_to_smem(
+        self.x_refs[part].at[pl.ds(row, count), deep],
+        self.x_smem.at[slot, pl.ds(0, count)],
+        self.full.at[slot],
+      )
+
+    counts = form.tiles.rows
+    _by_count(extent, counts, copy_rows, none=counts[0])
+
+  def multiply(self, item, ring, warpgroup):
+    """Sums an item's products and stores them."""
+    form = self.form
+    _, column, steps, row, valid, extent = self.locate(item)
     half = warpgroup * pipeline.HALF
-    mine = pl.ds(half, pipeline.HALF)
     starts = [form.columns(column, p) + half for p in range(form.panels)]
-    place = Place(segment, row, valid, extent, starts, warpgroup)
+    place = Place(row, valid, extent, starts, warpgroup)
+    where = steps, ring, self.full, self.empty, form.tiles
 
     def tile(count):
-      def step(accs, slot, index):
-        del index
-        x_KR = x_smem.at[slot, pl.ds(0, count)].transpose((1, 0))
-        for panel, acc in enumerate(accs):
-          if form.transpose:
-            w_FK = w_smem.at[slot, panel, mine]
-          else:
-            w_FK = w_smem.at[slot, panel, :, mine].transpose((1, 0))
-          plgpu.wgmma(acc, w_FK, x_KR)
-
-      if begin:
-        begin(place, count, refs, **scratch)
       shapes = [(pipeline.HALF, count)] * form.panels
-      values = pipeline.accumulate(
-        step, steps, ring, full, empty, tiles, shapes
-      )
-      finish(place, values, count, refs, **scratch)
+      step = functools.partial(self._step, count, pl.ds(half, pipeline.HALF))
+      values = pipeline.accumulate(step, *where, shapes)
+      self.finish(place, values, count, self.outputs, self.out_smem)
 
-    _by_count(extent, tiles.rows, tile)
+    _by_count(extent, form.tiles.rows, tile)
 
     @pl.when(extent <= 0)
     def _():
-      pipeline.skip(steps, ring, full, empty, tiles)
+      pipeline.skip(*where)
 
     return ring + steps
 
-  items = plan.count_1[0] * column_tiles
-  pipeline.run(fetch, multiply, items, empty, tiles)
+  def _step(self, count, mine, accs, slot, index):
+    del index
+    x_KR = self.x_smem.at[slot, pl.ds(0, count)].transpose((1, 0))
+    for panel, acc in enumerate(accs):
+      if self.form.transpose:
+        w_FK = self.w_smem.at[slot, panel, mine]
+      else:
+        w_FK = self.w_smem.at[slot, panel, :, mine].transpose((1, 0))
+      plgpu.wgmma(acc, w_FK, x_KR)
 
 
 def _by_count(extent, counts, run, none=None):

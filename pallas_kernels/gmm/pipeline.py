@@ -23,12 +23,12 @@ COPIER_REGISTERS = 40
 CONSUMER_REGISTERS = 232  # 2 * 232 + 40 fill the 504 a thread triple may have
 
 
-def check(tiles: tile_tables.Tiles, left: int, columns: int) -> None:
-  """Raises ValueError if `left` is not 0 or the column tiles do not fit."""
-  if left or columns % (tiles.columns * tiles.cluster):
+def check(tiles: tile_tables.Tiles, rows: int, columns: int) -> None:
+  """Raises ValueError if the tiles do not divide the output."""
+  if rows % (ROWS * tiles.cluster) or columns % tiles.columns:
     raise ValueError(
-      f'{tiles} do not divide these matrices: {left} left over on one side, '
-      f'{columns} columns on the other'
+      f'{tiles} do not divide {rows} rows and {columns} columns: tiles are '
+      f'{ROWS * tiles.cluster} by {tiles.columns}'
     )
 
 
@@ -201,12 +201,6 @@ def skip(steps, ring, full, empty, tiles):
 def multicast(tiles) -> dict:
   """Arguments of a copy that each member of a cluster does a part of."""
   return {'collective_axes': 'member'} if tiles.cluster > 1 else {}
-
-
-def first_column(column, tiles):
-  """First column of this member's tile, of the cluster's `column`-th tiles."""
-  column = column * tiles.cluster + lax.axis_index('member')
-  return pl.multiple_of(column * tiles.columns, tiles.columns)
 
 
 def mask_rows(ref, count):

@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,7 +36,7 @@ import torch  # noqa: E402
 
 from pallas_kernels import tiles as tile_tables  # noqa: E402
 from pallas_kernels.gmm import mosaic_gpu, pipeline, xla  # noqa: E402
-from tests.bench import record  # noqa: E402
+from tests.bench import record, timing  # noqa: E402
 
 TOP_K = 8
 ALIGN = pipeline.ALIGN
@@ -49,12 +48,20 @@ TUNED = ((3072, 3072), (3072, 1536), (1536, 3072))
 CANDIDATES = (
   tile_tables.Tiles(band=8),
   tile_tables.Tiles(band=16),
-  tile_tables.Tiles(band=32),
-  tile_tables.Tiles(cluster=2),
-  tile_tables.Tiles(stages=3, staging=4),
+  tile_tables.Tiles(band=4, cluster=2),
+  tile_tables.Tiles(band=8, cluster=2),
 )
-ROUNDS = 5
-ROUND_SECONDS = 0.01
+ROW_CANDIDATES = {
+  'few': (
+    tile_tables.ROW_TILES['few'],
+    tile_tables.RowTiles(rows=(8, 32, 64, 144), cluster=1, stages=3),
+  ),
+  'many': (
+    tile_tables.ROW_TILES['many'],
+    tile_tables.RowTiles(staging=2),
+    tile_tables.RowTiles(rows=(64, 128, 144, 176), stages=3, staging=6),
+  ),
+}
 TEMPORARIES = 40e9  # bytes; contenders that would need more are left out
 TOLERANCE = 1e-2  # of bfloat16 results against each other, in norm
 
@@ -129,7 +136,9 @@ def contenders(
   sizes = jnp.asarray(case.sizes, jnp.int32)
   x_a, place = spread(x, case.sizes, ALIGN)
   dy_a, _ = spread(dy, case.sizes, ALIGN)
-  ours = [jax.dlpack.from_dlpack(z) for z in (x_a, w, dy_a)]
+  pair = [
+    jax.dlpack.from_dlpack(z) for z in _operands(case.operation, x_a, w, dy_a)
+  ]
   offsets = torch.tensor(np.cumsum(case.sizes), device='cuda').int()
   peer = functools.partial(torch.nn.functional.grouped_mm, offs=offsets)
   calls = {
@@ -137,9 +146,9 @@ def contenders(
     'transposed': lambda: peer(dy, w.transpose(-2, -1)),
     'weight_gradient': lambda: peer(x.t(), dy),
   }
-  run = _jitted(mosaic_gpu, case.operation, ALIGN)
+  run = _compiled(mosaic_gpu, case.operation, ALIGN, len(x_a), tuple(w.shape))
   found = {
-    'mosaic_gpu': lambda: run(*ours, sizes),
+    'mosaic_gpu': lambda: run(*pair, sizes),
     'torch.grouped_mm': calls[case.operation],
   }
   _check(case, found, place)
@@ -147,9 +156,9 @@ def contenders(
   block = xla.block_rows(case.rows, case.experts)
   gathered = 2 * wide * out * (case.rows // block + case.experts)
   if case.operation == 'product' and gathered < TEMPORARIES:
-    slow = _jitted(xla, case.operation, block)
     wider = jax.dlpack.from_dlpack(spread(x, case.sizes, block)[0])
-    found['xla'] = lambda: slow(wider, ours[1], None, sizes)
+    slow = _compiled(xla, case.operation, block, len(wider), tuple(w.shape))
+    found['xla'] = lambda: slow(wider, pair[1], sizes)
   expanded = 2 * case.experts * case.rows * (wide + out)
   if case.operation == 'product' and expanded < TEMPORARIES:
     dense_x, dense_w = (jax.dlpack.from_dlpack(z) for z in (x, w))
@@ -159,25 +168,29 @@ def contenders(
 
 
 @functools.cache
-def _jitted(backend: Any, operation: str, align: int) -> Callable:
-  """(x, w, dy, sizes) -> result of the operation on aligned rows."""
-
-  def run(x, w, dy, sizes):
-    if operation == 'weight_gradient':
-      return backend.weight_gradient(
-        x, dy, sizes, align=align, out_dtype=x.dtype
-      )
+def _compiled(
+  backend: Any, operation: str, align: int, rows: int, shape: tuple[int, ...]
+) -> Callable:
+  """(x or dy, w or dy, sizes) -> result of the operation on aligned rows."""
+  experts, wide, out = shape
+  options = {'align': align, 'out_dtype': jnp.bfloat16}
+  if operation == 'weight_gradient':
+    # Rows of no group are zeros, as they are in the layer.
+    run = functools.partial(backend.weight_gradient, clean=True, **options)
+    widths = (rows, wide), (rows, out)
+  else:
     transpose = operation == 'transposed'
-    return backend.product(
-      dy if transpose else x,
-      w,
-      sizes,
-      align=align,
-      transpose=transpose,
-      out_dtype=x.dtype,
-    )
+    run = functools.partial(backend.product, transpose=transpose, **options)
+    widths = (rows, out if transpose else wide), shape
+  shapes = [jax.ShapeDtypeStruct(width, jnp.bfloat16) for width in widths]
+  shapes.append(jax.ShapeDtypeStruct((experts,), jnp.int32))
+  return timing.compile(f'grouped_matmul-{operation}', run, *shapes)
 
-  return jax.jit(run)
+
+def _operands(operation: str, x: Any, w: Any, dy: Any) -> tuple[Any, Any]:
+  """What the operation multiplies."""
+  pairs = {'product': (x, w), 'transposed': (dy, w), 'weight_gradient': (x, dy)}
+  return pairs[operation]
 
 
 def _check(case: Case, calls: Mapping[str, Callable], place: Any) -> None:
@@ -198,50 +211,11 @@ def _check(case: Case, calls: Mapping[str, Callable], place: Any) -> None:
       raise RuntimeError(f'{case}: differs from PyTorch by {error:.2e}')
 
 
-def race(calls: Mapping[str, Callable]) -> dict[str, dict[str, float]]:
-  """Seconds a call of each contender, in turns; see `record.summary`."""
-  count = {}
-  for name, call in calls.items():
-    _timed(call, 1)
-    count[name] = max(1, min(20, int(ROUND_SECONDS / _timed(call, 1))))
-  samples = {name: [] for name in calls}
-  for _ in range(ROUNDS):
-    for name, call in calls.items():
-      samples[name].append(_timed(call, count[name]))
-  return {name: record.summary(seconds) for name, seconds in samples.items()}
-
-
-def _timed(call: Callable, count: int) -> float:
-  torch.cuda.synchronize()
-  start = time.perf_counter()
-  for _ in range(count):
-    result = call()
-  if isinstance(result, jax.Array):
-    result.block_until_ready()
-  torch.cuda.synchronize()
-  return (time.perf_counter() - start) / count
-
-
-def denominators() -> dict[str, float]:
-  """Rates of a dense product, FLOP/s, and of a copy, bytes/s, at their best."""
-  make = functools.partial(torch.randn, device='cuda', dtype=torch.bfloat16)
-  a, b = make(8192, 8192), make(8192, 8192)
-  source, target = (
-    make(1 << 31),
-    torch.empty(1 << 31, device='cuda', dtype=torch.bfloat16),
-  )
-  seconds = race({'dense': lambda: a @ b, 'copy': lambda: target.copy_(source)})
-  return {
-    'dense': 2 * 8192**3 / seconds['dense']['median'],
-    'copy': 2 * source.nbytes / seconds['copy']['median'],
-  }
-
-
 def measure(
   case: Case, rates: Mapping[str, float], arrays: tuple[torch.Tensor, ...]
 ) -> dict[str, Any]:
   """One row of the table."""
-  seconds = race(contenders(case, *arrays))
+  seconds = timing.race(contenders(case, *arrays))
   ours = seconds['mosaic_gpu']['median']
   floor = max(case.flops / rates['dense'], case.bytes / rates['copy'])
   row = {
@@ -271,43 +245,48 @@ def measure(
 
 
 def tune(path: pathlib.Path) -> None:
-  """Times `CANDIDATES` for the model's shapes; merges the best into `path`."""
-  experts, tokens = 256, 8192
-  sizes = jnp.asarray(route('uniform', tokens, experts), jnp.int32)
-  rows = tokens * TOP_K + experts * ALIGN
+  """Times candidates for the shapes of the model; the best go into `path`."""
   table = json.loads(path.read_text())
   entry = table.setdefault(jax.devices()[0].device_kind, {})
-  for depth, columns in TUNED:
-    keys = jax.random.split(jax.random.key(depth + columns), 3)
-    x, y, w = (
-      jax.random.normal(key, shape, jnp.bfloat16)
-      for key, shape in zip(
-        keys,
-        ((rows, depth), (rows, columns), (experts, depth, columns)),
-      )
+  for (depth, columns), experts in itertools.product(TUNED, (256,)):
+    arrays = _tuned_operands(8192, experts, depth, columns)
+    call = functools.partial(_tunable, 'weight_gradient')
+    best, seconds = tile_tables.autotune(call, arrays, CANDIDATES)
+    entry.setdefault('weight_gradient', {})[f'{depth}x{columns}'] = (
+      dataclasses.asdict(best)
     )
-    for operation in OPERATIONS:
-      call = functools.partial(_tunable, operation)
-      best, seconds = tile_tables.autotune(call, (x, w, y, sizes), CANDIDATES)
-      entry.setdefault(operation, {})[f'{depth}x{columns}'] = (
-        dataclasses.asdict(best)
-      )
-      print(
-        f'{operation:15} {depth}x{columns}: {best}, ms:',
-        *(f'{1e3 * value:.3f}' for value in seconds.values()),
-        flush=True,
-      )
+    _say(f'weight_gradient {depth}x{columns}', best, seconds)
+  for tokens in (1024, 8192):
+    arrays = _tuned_operands(tokens, 256, *LAYERS['up+gate'])
+    size = tile_tables.size_of(tokens * TOP_K // 256)
+    call = functools.partial(_tunable, 'product')
+    best, seconds = tile_tables.autotune(call, arrays, ROW_CANDIDATES[size])
+    entry.setdefault('rows', {})[size] = dataclasses.asdict(best)
+    _say(f'product, {size} rows a group', best, seconds)
   path.write_text(json.dumps(table, indent=2) + '\n')
 
 
-def _tunable(operation, tiles, x, w, y, sizes):
-  """The operation whose contraction and output are as wide as x and y."""
+def _tuned_operands(tokens, experts, depth, columns):
+  """Rows, matrices, gradients of rows and sizes of the groups."""
+  sizes = jnp.asarray(route('uniform', tokens, experts), jnp.int32)
+  rows = tokens * TOP_K + experts * ALIGN
+  keys = jax.random.split(jax.random.key(depth + columns), 3)
+  shapes = (rows, depth), (experts, depth, columns), (rows, columns)
+  made = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes)]
+  return *made, sizes
+
+
+def _say(what, best, seconds) -> None:
+  times = ', '.join(f'{1e3 * value:.3f}' for value in seconds.values())
+  print(f'{what}: {best}, ms: {times}', flush=True)
+
+
+def _tunable(operation, tiles, x, w, dy, sizes):
+  """The operation, cut up as `tiles` say."""
   options = {'align': ALIGN, 'out_dtype': x.dtype, 'tiles': tiles}
   if operation == 'weight_gradient':
-    return mosaic_gpu.weight_gradient(x, y, sizes, **options)
-  transpose = operation == 'transposed'
-  w = w.reshape(len(w), w.shape[2], w.shape[1]) if transpose else w
-  return mosaic_gpu.product(x, w, sizes, transpose=transpose, **options)
+    return mosaic_gpu.weight_gradient(x, dy, sizes, clean=True, **options)
+  return mosaic_gpu.product(x, w, sizes, transpose=False, **options)
 
 
 def main() -> None:
@@ -328,7 +307,7 @@ def main() -> None:
     raise SystemExit(f'grouped_matmul: {refusal}')
   if flags.tune:
     tune(tile_tables.TABLE)
-  rates = denominators()
+  rates = timing.denominators()
   print({name: f'{rate:.4g}' for name, rate in rates.items()}, flush=True)
   rows = [{'operation': name, 'rate': rate} for name, rate in rates.items()]
   rows.append({'operation': 'peer', 'torch': torch.__version__})

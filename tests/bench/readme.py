@@ -125,6 +125,39 @@ def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def moe(results: Sequence[dict[str, Any]]) -> str:
+  """The whole expert layer, evenly routed, forward and with all gradients."""
+
+  def milliseconds(row: dict[str, Any], name: str) -> str:
+    found = row['seconds'].get(name)
+    return f'{1e3 * found["median"]:.2f}' if found else ''
+
+  def saved(row: dict[str, Any], name: str) -> str:
+    size = row['saved_bytes'].get(name)
+    return f'{size / 2**20:,.0f}' if size else ''
+
+  rows = [
+    [
+      {'forward': 'forward', 'both': 'with gradients'}[row['direction']],
+      str(row['experts']),
+      f'{row["tokens"]:,}',
+      *(milliseconds(row, x) for x in ('mosaic_gpu', 'torch', 'torch.compile')),
+      f'{row["ratio_to_floor"]:.2f}',
+      *(saved(row, name) for name in ('mosaic_gpu', 'torch')),
+      result['device'],
+      f'`{result["commit"][:9]}`',
+    ]
+    for result in results
+    for row in result['rows']
+    if row.get('routing') == 'uniform'
+  ]
+  head = (
+    'layer', 'experts', 'tokens', 'Pallas ms', 'torch ms', 'torch.compile ms',
+    'over floor', 'keeps MiB', 'torch keeps MiB', 'device', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
 def route(results: Sequence[dict[str, Any]]) -> str:
   """What comes before and after the experts, evenly routed."""
   rows = [
@@ -223,6 +256,7 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'quickstart': quickstart,
   'step_time': step_time,
   'grouped_matmul': grouped_matmul,
+  'moe': moe,
   'route': route,
   'decode_experts': decode_experts,
   'tpu_kernels': tpu_kernels,

@@ -115,7 +115,7 @@ class MosaicGpuTest(parameterized.TestCase):
   def test_shared_copies_and_float32_results(self):
     sizes, rows = [5, 66], 80
     tiles = tile_tables.Tiles(columns=128, stages=2, cluster=2, staging=3)
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands(sizes, 8, rows, 128, 256)
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands(sizes, 8, rows, 256, 128)
     rows_of = tile_tables.RowTiles(rows=(16, 40), stages=2, staging=3)
     ours = backend(tiles, 2 * BLOCKS, rows_of)
     options = {'align': 8, 'out_dtype': jnp.float32}

@@ -16,6 +16,10 @@ class TilesTest(absltest.TestCase):
     table = json.loads(tiles.TABLE.read_text())
     self.assertTrue(table)
     for kind, operations in table.items():
+      for size, entry in operations.pop('rows', {}).items():
+        mean = tiles.FEW + (size == 'many')
+        found = dataclasses.asdict(tiles.row_tiles(kind, mean))
+        self.assertEqual(found | {'rows': list(found['rows'])}, entry)
       for operation, entries in operations.items():
         for shape, entry in entries.items():
           depth, columns = map(int, shape.split('x'))
@@ -25,17 +29,24 @@ class TilesTest(absltest.TestCase):
             continue
           found = tiles.lookup(kind, operation, (depth, columns))
           self.assertEqual(dataclasses.asdict(found), entry)
-          self.assertEqual(columns % (found.columns * found.cluster), 0)
+          self.assertEqual(columns % found.columns, 0)
 
   def test_unknown_shapes_take_a_default_that_fits(self):
-    self.assertEqual(tiles.lookup('none', 'product', (128, 512)), tiles.Tiles())
-    self.assertEqual(tiles.lookup('none', 'product', (128, 384)).columns, 128)
+    found = tiles.lookup('none', 'weight_gradient', (128, 512))
+    self.assertEqual(found, tiles.Tiles())
+    found = tiles.lookup('none', 'weight_gradient', (128, 384))
+    self.assertEqual(found.columns, 128)
+    self.assertEqual(tiles.row_tiles('none', 4), tiles.ROW_TILES['few'])
+    self.assertEqual(tiles.row_tiles('none', 1024), tiles.ROW_TILES['many'])
 
   def test_bad_tiles_are_named(self):
     with self.assertRaisesRegex(ValueError, 'columns=100'):
       tiles.Tiles(columns=100)
     with self.assertRaisesRegex(ValueError, 'stages=1'):
       tiles.Tiles(stages=1)
+    for rows in ((), (12,), (64, 32), (264,)):
+      with self.assertRaisesRegex(ValueError, 'rows'):
+        tiles.RowTiles(rows=rows)
 
   def test_autotune_picks_the_fastest(self):
     slow, fast = tiles.Tiles(band=1), tiles.Tiles(band=2)

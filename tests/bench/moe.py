@@ -1,0 +1,379 @@
+"""The whole expert layer at the shapes of M2, against peers.
+
+    python -m tests.bench.moe [--tokens T ...] [--out FOLDER]
+
+Needs one Hopper GPU and PyTorch; Liger's fused MoE and tokamax take part where
+they are installed. `forward` starts from given choices and weights: plan,
+gather, gate and up projections with SwiGLU, down projection, combination.
+`both` adds the gradients of the tokens, of the routing weights and of the three
+matrices. The peer is what PyTorch users write: a sort, `grouped_mm` and
+element-wise glue, run eagerly (`torch`) and compiled (`torch.compile`).
+
+Every contender's outputs are compared before they are timed. They take turns,
+round by round, since a warm GPU lowers its clock; a round is a few calls, timed
+by the host until the last has finished. `saved` is what a contender keeps for
+the backward pass beside its inputs and weights. `floor` is the larger of the
+operations at the rate of a dense product and of the bytes that a fused layer
+must move, each once, at the rate of a copy, both measured in the same run.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# JAX would otherwise keep three quarters of the memory from PyTorch.
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
+import jax  # noqa: E402  (reads the environment above when imported)
+import jax.numpy as jnp  # noqa: E402
+import torch  # noqa: E402
+
+from pallas_kernels.experts import api, mosaic_gpu  # noqa: E402
+from tests.bench import record, timing  # noqa: E402
+
+WIDE, HIDDEN, TOP_K = 3072, 1536, 8
+ROUTINGS = ('uniform', 'zipf', 'eight')
+COMPILED = (8192, 32768)  # token counts at which torch.compile takes part
+TOLERANCE = 2e-2  # of bfloat16 results against each other, in norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One layer and one routing of tokens to its experts."""
+
+  tokens: int
+  experts: int
+  routing: str
+
+  def flops(self, direction: str) -> int:
+    forward = 2 * self.tokens * TOP_K * 3 * WIDE * HIDDEN
+    return forward * (3 if direction == 'both' else 1)
+
+  def bytes(self, direction: str, active: int) -> int:
+    """What a fused layer reads and writes, each array once.
+
+    Args:
+      direction: forward or both.
+      active: experts that have rows.
+    """
+    rows, matrix = self.tokens * TOP_K, 3 * WIDE * HIDDEN
+    x, h, a, y = (
+      2 * n
+      for n in (
+        self.tokens * WIDE, 2 * rows * HIDDEN, rows * HIDDEN, rows * WIDE,
+      )
+    )  # fmt: skip
+    forward = 2 * active * matrix + 2 * x + 2 * a + 2 * y
+    if direction == 'forward':
+      return forward
+    # Pre-activations are written; weights read again, gradients written.
+    gradients = 2 * (active + self.experts) * matrix
+    return forward + h + gradients + 4 * x + h + 2 * (h + a) + 2 * y
+
+
+def operands(case: Case) -> dict[str, jax.Array]:
+  """Tokens, their choices by the named law, weights and matrices."""
+  keys = jax.random.split(jax.random.key(case.tokens + case.experts), 7)
+  logit_ME = jax.random.gumbel(keys[0], (case.tokens, case.experts))
+  if case.routing == 'zipf':
+    logit_ME -= 0.5 * jnp.log(jnp.arange(1.0, case.experts + 1))
+  if case.routing == 'eight':
+    logit_ME += jnp.where(jnp.arange(case.experts) < TOP_K, 1e3, 0.0)
+  _, index_MX = jax.lax.top_k(logit_ME, TOP_K)
+  weight_MX = jax.random.uniform(keys[1], index_MX.shape, minval=0.1)
+
+  def normal(key, *shape, scale=1.0):
+    return scale * jax.random.normal(key, shape, jnp.bfloat16)
+
+  wide, tall = (case.experts, WIDE, HIDDEN), (case.experts, HIDDEN, WIDE)
+  return {
+    'x': normal(keys[2], case.tokens, WIDE),
+    'index': index_MX.astype(jnp.int32),
+    'weight': weight_MX / weight_MX.sum(1, keepdims=True),
+    'wi_0': normal(keys[3], *wide, scale=0.02),
+    'wi_1': normal(keys[4], *wide, scale=0.02),
+    'wo': normal(keys[5], *tall, scale=0.02),
+    'dy': normal(keys[6], case.tokens, WIDE),
+  }
+
+
+def pull_back(layer: Callable, x, index, weight, wi_0, wi_1, wo, dy):
+  """Output and gradients of a layer."""
+  y, pull = jax.vjp(
+    lambda x, weight, *ws: layer(x, index, weight, *ws),
+    x,
+    weight,
+    wi_0,
+    wi_1,
+    wo,
+  )
+  return y, *pull(dy)
+
+
+@functools.cache
+def program(name: str, direction: str, tokens: int, experts: int) -> Callable:
+  """A compiled layer of ours, or None where it does not fit."""
+  layer = functools.partial(LAYERS[name])
+  run = layer if direction == 'forward' else functools.partial(pull_back, layer)
+  bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  wide, tall = (experts, WIDE, HIDDEN), (experts, HIDDEN, WIDE)
+  shapes = [
+    bf16((tokens, WIDE)),
+    jax.ShapeDtypeStruct((tokens, TOP_K), jnp.int32),
+    jax.ShapeDtypeStruct((tokens, TOP_K), jnp.float32),
+    bf16(wide),
+    bf16(wide),
+    bf16(tall),
+  ]
+  if direction == 'both':
+    shapes.append(bf16((tokens, WIDE)))
+  return timing.compile(f'moe-{name}-{direction}', run, *shapes)
+
+
+def ours(x, index, weight, wi_0, wi_1, wo):
+  return api.experts(x, index, weight, wi_0, wi_1, wo, impl='mosaic_gpu')
+
+
+def tokamax_layer(x, index, weight, wi_0, wi_1, wo):
+  """Tokamax's ragged product with plain glue around it."""
+  import tokamax
+
+  order = jnp.argsort(index.reshape(-1), stable=True)
+  sizes = jnp.bincount(index.reshape(-1), length=wi_0.shape[0])
+  groups = tokamax.RaggedDotGroupSizes(sizes, index.size)
+  product = functools.partial(tokamax.ragged_dot, group_sizes=groups)
+  rows = x[order // TOP_K]
+  act = jax.nn.silu(product(rows, wi_0)) * product(rows, wi_1)
+  y = product(act, wo)
+  back = jnp.argsort(order).reshape(index.shape)
+  return (y[back] * weight[..., None].astype(y.dtype)).sum(1)
+
+
+LAYERS = {'mosaic_gpu': ours}
+if importlib.util.find_spec('tokamax'):
+  LAYERS['tokamax'] = tokamax_layer
+
+
+def torch_layer(x, index, weight, w13, wo):
+  """A layer as PyTorch users write it; w13 is [E, D, 2F]."""
+  flat = index.reshape(-1)
+  order = torch.argsort(flat, stable=True)
+  sizes = torch.bincount(flat, minlength=len(wo))
+  offsets = torch.cumsum(sizes, 0).int()
+  rows = x[order // TOP_K]
+  gate, up = torch.nn.functional.grouped_mm(rows, w13, offs=offsets).chunk(2, 1)
+  act = torch.nn.functional.silu(gate) * up
+  y = torch.nn.functional.grouped_mm(act, wo, offs=offsets)
+  back = torch.empty_like(order)
+  back[order] = torch.arange(len(order), device=order.device)
+  y = y[back].view(*index.shape, -1)
+  return (y * weight[..., None].to(y.dtype)).sum(1)
+
+
+def liger_layer(x, index, weight, w13, wo):
+  """Liger's fused layer; its matrices are [E, 2F, D] and [E, D, F]."""
+  from liger_kernel.ops import fused_moe
+
+  return fused_moe.LigerFusedMoEFunction.apply(
+    x, w13.transpose(1, 2), wo.transpose(1, 2), index.int(), weight
+  )
+
+
+def peers(case: Case, arrays: Mapping[str, jax.Array]) -> dict[str, Callable]:
+  """Name -> layer of PyTorch tensors, and the tensors."""
+  tensors = {name: torch.from_dlpack(array) for name, array in arrays.items()}
+  w13 = torch.cat([tensors['wi_0'], tensors['wi_1']], 2)
+  leaves = [tensors['x'], tensors['weight'], w13, tensors['wo']]
+  for leaf in leaves:
+    leaf.requires_grad_()
+  index = tensors['index'].long()
+  layers = {'torch': torch_layer}
+  if case.tokens in COMPILED and case.routing == 'uniform':
+    layers['torch.compile'] = torch.compile(torch_layer)
+  if importlib.util.find_spec('liger_kernel'):
+    layers['liger'] = liger_layer
+  x, weight, w13, wo = leaves
+
+  def forward(layer):
+    with torch.no_grad():
+      return layer(x, index, weight, w13, wo)
+
+  def both(layer):
+    y = layer(x, index, weight, w13, wo)
+    return y, *torch.autograd.grad(y, leaves, tensors['dy'])
+
+  found = {}
+  for name, layer in layers.items():
+    found[name, 'forward'] = functools.partial(forward, layer)
+    found[name, 'both'] = functools.partial(both, layer)
+    found[name, 'saved'] = functools.partial(
+      saved_by_torch,
+      functools.partial(layer, x, index, weight, w13, wo),
+      leaves,
+    )
+  return found
+
+
+def saved_by_torch(layer: Callable, leaves) -> int:
+  """Bytes that a layer keeps for its backward pass beside its operands."""
+  kept = {}
+  own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+
+  def pack(tensor):
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in own:
+      kept[storage.data_ptr()] = storage.nbytes()
+    return tensor
+
+  with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    layer()
+  return sum(kept.values())
+
+
+def saved_by_ours(name: str, case: Case) -> int:
+  """The same of a layer in JAX, and its input, which a remat would keep."""
+
+  def residuals(x, index, weight, *ws):
+    _, pull = jax.vjp(
+      lambda x, weight, *ws: LAYERS[name](x, index, weight, *ws), x, weight, *ws
+    )
+    return pull
+
+  shapes = jax.eval_shape(lambda: operands(case))
+  shapes.pop('dy')
+  kept = jax.tree.leaves(jax.eval_shape(residuals, *shapes.values()))
+  weights = {shapes[name].shape for name in ('wi_0', 'wi_1', 'wo')}
+  return sum(z.size * z.dtype.itemsize for z in kept if z.shape not in weights)
+
+
+def check(name: str, got, want) -> None:
+  """Raises RuntimeError where two contenders' tokens differ."""
+  got, want = (jnp.asarray(z).astype(jnp.float32) for z in (got, want))
+  error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+  if not error < TOLERANCE:
+    raise RuntimeError(f'{name} differs from PyTorch by {error:.2e}')
+
+
+def compare(ours_both, theirs_both) -> None:
+  """Checks output and all gradients; PyTorch's first matrices are one."""
+  y, dx, dweight, dwi_0, dwi_1, dwo = ours_both
+  their_y, their_dx, their_dweight, dw13, their_dwo = theirs_both
+  halves = dw13.chunk(2, 2)
+  pairs = {
+    'y': (y, their_y),
+    'dx': (dx, their_dx),
+    'dweight': (dweight, their_dweight),
+    'dwi_0': (dwi_0, halves[0]),
+    'dwi_1': (dwi_1, halves[1]),
+    'dwo': (dwo, their_dwo),
+  }
+  for name, (got, want) in pairs.items():
+    if name in ('dwi_0', 'dwi_1', 'dwo'):  # as many experts as fit beside
+      got, want = got[:8], want[:8]
+    check(name, got, jnp.from_dlpack(want.detach().contiguous()))
+
+
+def measure(case: Case, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+  """Rows of the table: forward, and both where it fits the memory."""
+  arrays = operands(case)
+  active = int((jnp.bincount(arrays['index'].reshape(-1)) > 0).sum())
+  inputs = list(arrays.values())
+  theirs = peers(case, arrays)
+  compiled = {
+    (name, direction): program(name, direction, case.tokens, case.experts)
+    for name in LAYERS
+    for direction in ('forward', 'both')
+  }
+  compare(compiled['mosaic_gpu', 'both'](*inputs), theirs['torch', 'both']())
+  rows = []
+  for direction in ('forward', 'both'):
+    given = inputs if direction == 'both' else inputs[:-1]
+    calls = {
+      name: functools.partial(run, *given)
+      for (name, way), run in compiled.items()
+      if way == direction
+    }
+    calls |= {
+      name: run for (name, way), run in theirs.items() if way == direction
+    }
+    seconds = timing.race(calls)
+    rows.append(row(case, direction, seconds, rates, active))
+  for name, way in theirs:
+    if way == 'saved':
+      rows[-1]['saved_bytes'][name] = theirs[name, way]()
+  for name in LAYERS:
+    rows[-1]['saved_bytes'][name] = saved_by_ours(name, case)
+  kept = {k: f'{v / 2**20:.0f} MiB' for k, v in rows[-1]['saved_bytes'].items()}
+  print('  saved:', kept, flush=True)
+  return rows
+
+
+def row(case, direction, seconds, rates, active) -> dict[str, Any]:
+  """One line of results."""
+  mine = seconds['mosaic_gpu']['median']
+  floor = max(
+    case.flops(direction) / rates['dense'],
+    case.bytes(direction, active) / rates['copy'],
+  )
+  times = '  '.join(f'{k} {1e3 * v["median"]:.3f}' for k, v in seconds.items())
+  print(
+    f'{direction:8} T={case.tokens:<6} E={case.experts:<4}{case.routing:8} '
+    f'floor {1e3 * floor:.3f}  ms: {times}',
+    flush=True,
+  )
+  return {
+    'direction': direction,
+    **dataclasses.asdict(case),
+    'seconds': seconds,
+    'flops_per_second': case.flops(direction) / mine,
+    'floor_seconds': floor,
+    'ratio_to_floor': mine / floor,
+    'speedup': {
+      name: summary['median'] / mine
+      for name, summary in seconds.items()
+      if name != 'mosaic_gpu'
+    },
+    'saved_bytes': {},
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--out', type=pathlib.Path, default=record.RESULTS)
+  parser.add_argument(
+    '--tokens',
+    type=int,
+    nargs='*',
+    default=[128, 1024, 4096, 8192, 16384, 32768],
+  )
+  parser.add_argument('--experts', type=int, nargs='*', default=[256, 32])
+  flags = parser.parse_args()
+  refusal = mosaic_gpu.refusal(jnp.dtype('bfloat16'), (WIDE, HIDDEN))
+  if refusal:
+    raise SystemExit(f'moe: {refusal}')
+  rates = timing.denominators()
+  print({name: f'{rate:.4g}' for name, rate in rates.items()}, flush=True)
+  rows = [{'direction': name, 'rate': rate} for name, rate in rates.items()]
+  rows.append({'direction': 'peer', 'torch': torch.__version__})
+  for tokens, experts in itertools.product(flags.tokens, flags.experts):
+    for routing in ROUTINGS:
+      rows += measure(Case(tokens, experts, routing), rates)
+      torch.cuda.empty_cache()
+    path = record.write(
+      'moe',
+      jax.devices()[0].device_kind,
+      rows,
+      command='python -m tests.bench.moe',
+      folder=flags.out,
+    )
+  print(path)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,61 @@
+"""How GPU contenders are compiled and timed, the same in every benchmark."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import torch
+
+from tests.bench import record
+
+ROUNDS = 5
+ROUND_SECONDS = 0.01
+
+
+def compile(
+  name: str, run: Callable, *shapes: jax.ShapeDtypeStruct
+) -> Callable:
+  """`run` compiled for arrays of these shapes; `name` is for messages."""
+  start = time.perf_counter()
+  compiled = jax.jit(run).lower(*shapes).compile()
+  print(f'  {name}: {time.perf_counter() - start:.0f} s to compile', flush=True)
+  return compiled
+
+
+def race(calls: Mapping[str, Callable]) -> dict[str, dict[str, float]]:
+  """Seconds a call of each contender, in turns; see `record.summary`."""
+  count = {}
+  for name, call in calls.items():
+    timed(call, 1)
+    count[name] = max(1, min(20, int(ROUND_SECONDS / timed(call, 1))))
+  samples = {name: [] for name in calls}
+  for _ in range(ROUNDS):
+    for name, call in calls.items():
+      samples[name].append(timed(call, count[name]))
+  return {name: record.summary(seconds) for name, seconds in samples.items()}
+
+
+def timed(call: Callable, count: int) -> float:
+  """Seconds a call, of `count` calls one after the other."""
+  torch.cuda.synchronize()
+  start = time.perf_counter()
+  for _ in range(count):
+    result = call()
+  jax.block_until_ready(
+    [z for z in jax.tree.leaves(result) if isinstance(z, jax.Array)]
+  )
+  torch.cuda.synchronize()
+  return (time.perf_counter() - start) / count
+
+
+def denominators() -> dict[str, float]:
+  """Rates of a dense product, FLOP/s, and of a copy, bytes/s, at their best."""
+  make = {'device': 'cuda', 'dtype': torch.bfloat16}
+  a, b = torch.randn(8192, 8192, **make), torch.randn(8192, 8192, **make)
+  source = torch.randn(1 << 31, **make)
+  target = torch.empty_like(source)
+  seconds = race({'dense': lambda: a @ b, 'copy': lambda: target.copy_(source)})
+  return {
+    'dense': 2 * 8192**3 / seconds['dense']['median'],
+    'copy': 2 * source.nbytes / seconds['copy']['median'],
+  }
