@@ -246,7 +246,7 @@ def tpu_kernels(results: Sequence[dict[str, Any]]) -> str:
     if (row['operation'], row['tokens'], row['experts']) == (name, 8192, 256)
   ]
   head = (
-    'kernel', 'compiled for', 'bytes over ideal', 'vector memory, MiB',
+    'kernel', 'compiled for', 'bytes / ideal', 'vector memory, MiB',
     'matrix slots filled', "compiler's estimate, ms", 'compile s', 'commit',
   )  # fmt: skip
   return table(head, rows)
