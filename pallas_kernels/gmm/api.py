@@ -5,9 +5,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.gmm import mosaic_gpu, vjp, xla
+from pallas_kernels.gmm import mosaic_gpu, mosaic_tpu, vjp, xla
 
-BACKENDS = {'mosaic_gpu': mosaic_gpu.BACKEND, 'xla': xla.BACKEND}
+BACKENDS = {
+  'mosaic_gpu': mosaic_gpu.BACKEND,
+  'mosaic_tpu': mosaic_tpu.BACKEND,
+  'xla': xla.BACKEND,
+}
+
+
+def _refusals(
+  dtype: jnp.dtype, widths: tuple[int, int], out_dtype: jnp.dtype
+) -> dict[str, str | None]:
+  return {
+    'mosaic_gpu': mosaic_gpu.refusal(dtype, widths, out_dtype),
+    'mosaic_tpu': mosaic_tpu.refusal(dtype, widths, out_dtype),
+  }
 
 
 def alignment(
@@ -27,10 +40,8 @@ def alignment(
     dtype: of rows, matrices and result.
     impl: the backend that will be asked for; None is the best.
   """
-  refusal = mosaic_gpu.refusal(jnp.dtype(dtype), widths, jnp.dtype(dtype))
-  backend = dispatch.pick(
-    'grouped_matmul', impl, BACKENDS, {'mosaic_gpu': refusal}
-  )
+  refusals = _refusals(jnp.dtype(dtype), widths, jnp.dtype(dtype))
+  backend = dispatch.pick('grouped_matmul', impl, BACKENDS, refusals)
   return backend.alignment(rows, groups, 1)
 
 
@@ -54,7 +65,7 @@ def grouped_matmul(
     w_GKN: one matrix a group.
     sizes_G: rows per group, zeros allowed; the aligned sum must not exceed M.
     align: rows to which group starts are rounded up. On a Hopper GPU a
-      multiple of 8 saves a copy of the rows.
+      multiple of 8, on a TPU of 16, saves a copy of the rows.
     impl: backend; None picks the best for this platform.
     out_dtype: dtype of the result; None = that of `x_MK`.
 
@@ -75,10 +86,8 @@ def grouped_matmul(
   if x_MK.dtype != w_GKN.dtype:
     raise ValueError(f'x is {x_MK.dtype} but w is {w_GKN.dtype}')
   out_dtype = jnp.dtype(out_dtype or x_MK.dtype)
-  refusal = mosaic_gpu.refusal(x_MK.dtype, w_GKN.shape[1:], out_dtype)
-  backend = dispatch.pick(
-    'grouped_matmul', impl, BACKENDS, {'mosaic_gpu': refusal}
-  )
+  refusals = _refusals(x_MK.dtype, w_GKN.shape[1:], out_dtype)
+  backend = dispatch.pick('grouped_matmul', impl, BACKENDS, refusals)
   return vjp.grouped_matmul(
     backend, x_MK, w_GKN, sizes_G, align=align, out_dtype=out_dtype
   )
@@ -119,10 +128,8 @@ def weight_gradient(
     raise ValueError(f'x is {x_MK.dtype} but dy is {dy_MN.dtype}')
   out_dtype = jnp.dtype(out_dtype or x_MK.dtype)
   widths = x_MK.shape[1], dy_MN.shape[1]
-  refusal = mosaic_gpu.refusal(x_MK.dtype, widths, out_dtype)
-  backend = dispatch.pick(
-    'weight_gradient', impl, BACKENDS, {'mosaic_gpu': refusal}
-  )
+  refusals = _refusals(x_MK.dtype, widths, out_dtype)
+  backend = dispatch.pick('weight_gradient', impl, BACKENDS, refusals)
   return vjp.weight_gradient(
     backend, x_MK, dy_MN, sizes_G, align=align, out_dtype=out_dtype
   )

@@ -220,6 +220,38 @@ def decode_experts(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def tpu_kernels(results: Sequence[dict[str, Any]]) -> str:
+  """What the compiler says of the largest kernels, at one shape."""
+  names = 'up', 'down_backward', 'weight_gradient', 'product', 'megablox'
+
+  def mebibytes(row: dict[str, Any]) -> str:
+    if not row.get('vmem_bytes'):
+      return ''
+    return f'{row["vmem_bytes"] / 2**20:.0f} of {row["vmem_limit"] >> 20}'
+
+  rows = [
+    [
+      f'`{row["operation"]}`',
+      row['device'],
+      f'{row["moved_over_ideal"]:.2f}',
+      mebibytes(row),
+      f'{100 * row["matrix_slots"]:.0f}%',
+      f'{1e3 * row["optimal_seconds"]:.2f}',
+      f'{row["compile_seconds"]:.1f}',
+      f'`{result["commit"][:9]}`',
+    ]
+    for name in names
+    for result in results
+    for row in result['rows']
+    if (row['operation'], row['tokens'], row['experts']) == (name, 8192, 256)
+  ]
+  head = (
+    'kernel', 'compiled for', 'bytes / ideal', 'vector memory, MiB',
+    'matrix slots filled', "compiler's estimate, ms", 'compile s', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'quickstart': quickstart,
   'step_time': step_time,
@@ -227,6 +259,7 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'moe': moe,
   'route': route,
   'decode_experts': decode_experts,
+  'tpu_kernels': tpu_kernels,
 }
 
 

@@ -1,0 +1,67 @@
+"""The TPU kernels compile for chips that are not here, at the shapes of M2."""
+
+import pytest
+from absl.testing import absltest, parameterized
+
+from tests.tpu import child
+
+pytestmark = pytest.mark.heavy
+
+TOPOLOGIES = {
+  'TPU v5': 'v5p:2x2x1',
+  'TPU v6 lite': 'v6e:2x2',
+  'TPU7x': 'tpu7x:2x2x1',
+}
+# Each operation where a group has a few hundred rows; the largest ones also
+# with thousands and with a handful.
+STREAMED = (
+  'up:8192:256', 'down:8192:256', 'down_backward:8192:256',
+  'up_backward:8192:256', 'transposed:8192:256', 'weight_gradient:8192:256',
+  'weight_gradient_fp32:32768:32', 'up:32768:256', 'up:128:256',
+  'down_backward:32768:32',
+)  # fmt: skip
+OTHERS = 'gather:8192:256', 'combine:8192:256', 'route:8192:256'
+MOST = 1.1  # bytes over the ideal
+# The bookkeeping of a plan, beside the work of the products.
+FLOPS_TOLERANCE = 1e-3
+# Rows of the worst case over those of 128 tokens that are there.
+PADDED = 4864 / 1024
+
+
+class KernelsTest(parameterized.TestCase):
+  @parameterized.parameters(*TOPOLOGIES)
+  def test_compile_and_stay_near_the_ideal(self, kind):
+    found = child.run(
+      'tests.tpu.kernels', [TOPOLOGIES[kind], *STREAMED, *OTHERS]
+    )
+    self.assertLen(found, len(STREAMED) + len(OTHERS))
+    for row in found:
+      with self.subTest(f'{row["operation"]}:{row["tokens"]}'):
+        self.assertEqual(row['device'], kind)
+        self.assertLess(row['vmem_bytes'], row['vmem_limit'])
+        if 'matrix_bytes' not in row:
+          continue
+        # What the compiler counts is what the kernel declares and XLA adds.
+        self.assertAlmostEqual(
+          row['flops'] / row['flops_analytic'], 1, delta=FLOPS_TOLERANCE
+        )
+        self.assertLess(row['bytes'], MOST * row['bytes_ideal'])
+        # What its plan copies for routed tokens is counted, not declared.
+        self.assertLess(row['moved_over_ideal'], MOST)
+        # Not one matrix is copied, or turned, in memory; numbers of rows,
+        # spread over lanes, are.
+        temp = row['temp_bytes'] - row['padding_bytes']
+        self.assertLess(temp, row['matrix_bytes'] / row['experts'])
+
+  @parameterized.parameters(*TOPOLOGIES)
+  def test_layer_and_derivative_compile_as_one(self, kind):
+    (row,) = child.run('tests.tpu.kernels', [TOPOLOGIES[kind], 'layer:128:256'])
+    self.assertAlmostEqual(
+      row['flops'] / row['flops_analytic'], PADDED, delta=0.1 * PADDED
+    )
+    # With few rows all that is left is what nobody should copy: the matrices.
+    self.assertLess(row['temp_bytes'], 0.1 * row['bytes_ideal'] / 9)
+
+
+if __name__ == '__main__':
+  absltest.main()
