@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.experts import mosaic_gpu, vjp
+from pallas_kernels.experts import mosaic_gpu, mosaic_tpu, vjp
 from pallas_kernels.gmm import api as gmm
 from pallas_kernels.permute import api as permute
 
@@ -48,8 +48,11 @@ def experts(
     NotImplementedError: a backend forced by name that cannot do this.
   """
   _check(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
-  refusal = mosaic_gpu.refusal(x_MD.dtype, wi_0_EDF.shape[1:])
-  run = dispatch.pick('experts', impl, BACKENDS, {'mosaic_gpu': refusal})
+  refusals = {
+    'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, wi_0_EDF.shape[1:]),
+    'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, wi_0_EDF.shape[1:]),
+  }
+  run = dispatch.pick('experts', impl, BACKENDS, refusals)
   return run(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
 
 
@@ -99,5 +102,6 @@ def composed(
 
 BACKENDS = {
   'mosaic_gpu': functools.partial(vjp.experts, mosaic_gpu.BACKEND, None),
+  'mosaic_tpu': functools.partial(vjp.experts, mosaic_tpu.BACKEND, None),
   'xla': functools.partial(composed, 'xla'),
 }

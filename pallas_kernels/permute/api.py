@@ -11,10 +11,19 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.permute import layout, mosaic_gpu, xla
+from pallas_kernels.permute import layout, mosaic_gpu, mosaic_tpu, xla
 
-PLANS = {'mosaic_gpu': mosaic_gpu.plan, 'xla': xla.plan}
-MOVES = {'mosaic_gpu': mosaic_gpu.MOVES, 'xla': xla.MOVES}
+# On TPUs XLA sorts: there is no kernel of ours that places rows.
+PLANS = {
+  'mosaic_gpu': mosaic_gpu.plan,
+  'mosaic_tpu': xla.plan,
+  'xla': xla.plan,
+}
+MOVES = {
+  'mosaic_gpu': mosaic_gpu.MOVES,
+  'mosaic_tpu': mosaic_tpu.MOVES,
+  'xla': xla.MOVES,
+}
 Plan = layout.Plan
 
 
@@ -100,8 +109,12 @@ def unpermute(
 
 
 def _moves(operation, z, plan, impl) -> layout.Moves:
-  refusal = mosaic_gpu.rows_refusal(z.dtype, z.shape[1], plan.place_MX.shape[1])
-  return dispatch.pick(operation, impl, MOVES, {'mosaic_gpu': refusal})
+  width, choices = z.shape[1], plan.place_MX.shape[1]
+  refusals = {
+    'mosaic_gpu': mosaic_gpu.rows_refusal(z.dtype, width, choices),
+    'mosaic_tpu': mosaic_tpu.refusal(z.dtype, width),
+  }
+  return dispatch.pick(operation, impl, MOVES, refusals)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

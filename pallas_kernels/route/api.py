@@ -5,9 +5,13 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.route import mosaic_gpu, ref
+from pallas_kernels.route import mosaic_gpu, mosaic_tpu, ref
 
-BACKENDS = {'mosaic_gpu': mosaic_gpu.route, 'xla': ref.route}
+BACKENDS = {
+  'mosaic_gpu': mosaic_gpu.route,
+  'mosaic_tpu': mosaic_tpu.route,
+  'xla': ref.route,
+}
 
 
 class Routing(NamedTuple):
@@ -49,7 +53,10 @@ def route(
   min_k = top_k if min_k is None else min_k
   if not 0 < min_k <= top_k <= experts:
     raise ValueError(f'need 0 < {min_k=} <= {top_k=} <= {experts=}')
-  refusals = {'mosaic_gpu': mosaic_gpu.refusal(experts)}
+  refusals = {
+    'mosaic_gpu': mosaic_gpu.refusal(experts),
+    'mosaic_tpu': mosaic_tpu.refusal(experts, top_k),
+  }
   run = dispatch.pick('route', impl, BACKENDS, refusals)
   return Routing(
     *run(score_ME, bias_E, top_k=top_k, min_k=min_k, min_share=min_share)

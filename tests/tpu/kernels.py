@@ -34,9 +34,7 @@ from pallas_kernels import tiles_tpu
 from pallas_kernels.experts import mosaic_tpu as experts
 from pallas_kernels.experts import vjp as experts_vjp
 from pallas_kernels.gmm import mosaic_tpu, stream_tpu
-from pallas_kernels.permute import api as permute_api
 from pallas_kernels.permute import mosaic_tpu as permute
-from pallas_kernels.permute import xla as permute_xla
 from pallas_kernels.route import mosaic_tpu as route
 
 WIDTH, HIDDEN, TOP_K, ALIGN = 3072, 1536, 8, 16
@@ -206,8 +204,6 @@ def other(operation: str, tokens: int, groups: int) -> Case:
 
 def layer(tokens: int, groups: int) -> Case:
   """The whole expert layer and its derivative, every part on these kernels."""
-  permute_api.MOVES.setdefault('mosaic_tpu', permute.MOVES)
-  permute_api.PLANS.setdefault('mosaic_tpu', permute_xla.plan)
   weight = array(tokens, TOP_K, dtype=jnp.float32)
   index = array(tokens, TOP_K, dtype=jnp.int32)
   x = array(tokens, WIDTH)

@@ -1,0 +1,90 @@
+"""The public expert layer: specification, backends by name, bad arguments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import pallas_kernels
+from pallas_kernels.experts import ref
+
+FP32_TOLERANCE = 1e-5
+BF16_TOLERANCE = 1e-2  # in norm: bfloat16 results of bfloat16 values
+TOKENS, EXPERTS, TOP_K = 37, 5, 3
+
+
+def operands(dim, hidden, dtype):
+  """A routing with an expert that has nothing, and a choice of no expert."""
+  keys = jax.random.split(jax.random.key(dim), 6)
+  index_MX = jax.random.choice(
+    keys[0], jnp.asarray([0, 1, 2, 4, EXPERTS, -1]), (TOKENS, TOP_K)
+  )
+  weight_MX = jax.random.uniform(keys[1], (TOKENS, TOP_K))
+
+  def normal(key, *shape):
+    return (jax.random.normal(key, shape) / 8).astype(dtype)
+
+  matrices = (
+    normal(keys[2], EXPERTS, dim, hidden),
+    normal(keys[3], EXPERTS, dim, hidden),
+    normal(keys[4], EXPERTS, hidden, dim),
+  )
+  return 8 * normal(keys[5], TOKENS, dim), index_MX, weight_MX, *matrices
+
+
+def with_gradients(layer, x, index, weight, *matrices):
+  y, pull = jax.vjp(
+    lambda x, weight, *ws: layer(x, index, weight, *ws), x, weight, *matrices
+  )
+  return y, *pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+
+
+class ExpertsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('xla', 24, 40, 'float32', FP32_TOLERANCE),
+    ('xla', 128, 128, 'bfloat16', BF16_TOLERANCE),
+    ('mosaic_tpu', 256, 256, 'bfloat16', BF16_TOLERANCE),
+  )
+  def test_is_the_specification(self, impl, dim, hidden, dtype, tolerance):
+    args = operands(dim, hidden, dtype)
+    layer = functools.partial(pallas_kernels.experts, impl=impl)
+    with jax.default_matmul_precision('highest'):
+      got = with_gradients(layer, *args)
+      want = with_gradients(ref.experts, *args)
+    names = 'y', 'x', 'weight', 'wi_0', 'wi_1', 'wo'
+    for name, ours, spec in zip(names, got, want, strict=True):
+      ours, spec = np.float64(ours), np.float64(spec)
+      error = np.linalg.norm(ours - spec) / np.linalg.norm(spec)
+      self.assertLess(error, tolerance, name)
+
+  def test_without_a_choice_here_nothing_comes_out(self):
+    x, index, *rest = operands(128, 128, 'float32')
+    y = pallas_kernels.experts(x, jnp.full_like(index, EXPERTS), *rest)
+    self.assertFalse(np.asarray(y).any())
+
+  def test_a_backend_by_name_refuses_and_says_why(self):
+    args = operands(128, 128, 'bfloat16')
+    for impl, reason in (('mosaic_gpu', 'Hopper'), ('triton', 'deprecated')):
+      if impl == 'mosaic_gpu' and jax.default_backend() == 'gpu':
+        continue
+      with self.assertRaisesRegex(NotImplementedError, reason):
+        pallas_kernels.experts(*args, impl=impl)
+
+  def test_arguments_that_do_not_fit_are_named(self):
+    x, index, weight, wi_0, wi_1, wo = operands(128, 256, 'float32')
+    with self.assertRaisesRegex(ValueError, 'wo is'):
+      pallas_kernels.experts(x, index, weight, wi_0, wi_1, wi_1)
+    with self.assertRaisesRegex(ValueError, 'weight is'):
+      pallas_kernels.experts(x, index, weight[:, :1], wi_0, wi_1, wo)
+    with self.assertRaisesRegex(ValueError, 'x is'):
+      pallas_kernels.experts(x[:, :64], index, weight, wi_0, wi_1, wo)
+    with self.assertRaisesRegex(ValueError, 'differ in dtype'):
+      pallas_kernels.experts(
+        x.astype(jnp.bfloat16), index, weight, wi_0, wi_1, wo
+      )
+
+
+if __name__ == '__main__':
+  absltest.main()
