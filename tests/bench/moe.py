@@ -247,9 +247,10 @@ def saved_by_ours(name: str, case: Case) -> int:
     return pull
 
   shapes = jax.eval_shape(lambda: operands(case))
-  shapes.pop('dy')
-  kept = jax.tree.leaves(jax.eval_shape(residuals, *shapes.values()))
-  weights = {shapes[name].shape for name in ('wi_0', 'wi_1', 'wo')}
+  names = 'x', 'index', 'weight', 'wi_0', 'wi_1', 'wo'
+  pull = jax.eval_shape(residuals, *(shapes[name] for name in names))
+  kept = jax.tree.leaves(pull)
+  weights = {shapes[name].shape for name in names[3:]}
   return sum(z.size * z.dtype.itemsize for z in kept if z.shape not in weights)
 
 

@@ -216,6 +216,46 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
     self.assertIn('mosaic_gpu', exported.mlir_module())
 
 
+class ResidualsTest(absltest.TestCase):
+  def test_input_and_preactivations_alone_are_kept(self):
+    tokens, experts, top_k, wide, hidden = 8192, 256, 8, 3072, 1536
+    tiles = one_count(tile_tables.ROW_TILES['many'])
+    options = {'tiles': tiles, 'blocks': 132}
+    layer = functools.partial(
+      vjp.experts,
+      mosaic_gpu.BACKEND._replace(
+        up=functools.partial(mosaic_gpu.up, **options),
+        down=functools.partial(mosaic_gpu.down, **options),
+      ),
+      'xla',
+    )
+
+    def shape(*dims, dtype=jnp.bfloat16):
+      return jax.ShapeDtypeStruct(dims, dtype)
+
+    matrix = shape(experts, wide, hidden)
+    kept = jax.eval_shape(
+      lambda x, index, weight, *ws: jax.vjp(
+        lambda x, weight, *ws: layer(x, index, weight, *ws), x, weight, *ws
+      )[1],
+      shape(tokens, wide),
+      shape(tokens, top_k, dtype=jnp.int32),
+      shape(tokens, top_k, dtype=jnp.float32),
+      matrix,
+      matrix,
+      shape(experts, hidden, wide),
+    )
+    size = sum(
+      z.size * z.dtype.itemsize
+      for z in jax.tree.leaves(kept)
+      if z.shape[0] != experts
+    )
+    self.assertLess(size, 480 * 2**20)
+    # No gathered input, no output of the down projection.
+    rows = [z for z in jax.tree.leaves(kept) if z.shape[1:] == (wide,)]
+    self.assertEqual([z.shape for z in rows], [(tokens, wide)])
+
+
 def one_count(tiles):
   """The same with code for one row count: lowering takes seconds each."""
   return dataclasses.replace(tiles, rows=tiles.rows[-1:])
