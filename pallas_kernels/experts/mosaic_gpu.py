@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import vjp
 from pallas_kernels.gmm import layout, mosaic_gpu, panels, pipeline
@@ -51,7 +52,7 @@ def up(
     [jax.ShapeDtypeStruct((rows, width), x_PD.dtype)] * (3 if save else 1),
     blocks=blocks,
   )
-  found = [mosaic_gpu.varying_like(x_PD, z) for z in found]
+  found = [hopper.varying_like(x_PD, z) for z in found]
   return tuple(found) if save else (None, None, *found)
 
 

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.gmm import layout, panels, pipeline, vjp
 
@@ -44,10 +45,7 @@ def refusal(
     return f'gives bfloat16 or float32, not {out_dtype}'
   if any(width % 128 for width in widths):
     return f'needs widths in multiples of 128, not {tuple(widths)}'
-  device = jax.local_devices()[0]
-  if device.platform != 'gpu' or device.compute_capability != '9.0':
-    return f'needs a Hopper GPU, not {device.device_kind}'
-  return None
+  return hopper.refusal()
 
 
 def product(
@@ -122,7 +120,7 @@ def sums(
     [jax.ShapeDtypeStruct((rows, columns), out_dtype)],
     blocks=blocks,
   )
-  return varying_like(xs[0], y_PN)
+  return hopper.varying_like(xs[0], y_PN)
 
 
 def _store_sums(place, values, count, refs, out_smem, *, form) -> None:
@@ -193,16 +191,7 @@ def weight_gradient(
     **pipeline.mesh('grouped_matmul_gradient', tiles, blocks),
   )
   start_G = layout.starts(sizes_G, align)
-  return varying_like(x_PK, kernel(start_G, sizes_G, x_PK, dy_PN))
-
-
-def varying_like(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Inside `shard_map`, marks `y` as differing over the axes that `x` does.
-
-  Kernels are not told on which axes their operands differ.
-  """
-  axes = jax.typeof(x).mat.varying - jax.typeof(y).mat.varying
-  return lax.pcast(y, tuple(axes), to='varying') if axes else y
+  return hopper.varying_like(x_PK, kernel(start_G, sizes_G, x_PK, dy_PN))
 
 
 def _lookup(operation: str, depth: int, columns: int) -> tile_tables.Tiles:
