@@ -255,6 +255,49 @@ class ResidualsTest(absltest.TestCase):
     rows = [z for z in jax.tree.leaves(kept) if z.shape[1:] == (wide,)]
     self.assertEqual([z.shape for z in rows], [(tokens, wide)])
 
+  def test_gradients_keep_the_axes_over_which_operands_differ(self):
+    mesh = jax.make_mesh((1,), ('expert',))
+    spec = jax.P('expert')
+    tiles = {'tiles': tile_tables.RowTiles(rows=(64,)), 'blocks': 132}
+    layer = functools.partial(
+      vjp.experts,
+      mosaic_gpu.BACKEND._replace(
+        up=functools.partial(mosaic_gpu.up, **tiles),
+        down=functools.partial(mosaic_gpu.down, **tiles),
+        down_backward=functools.partial(mosaic_gpu.down_backward, **tiles),
+        up_backward=functools.partial(mosaic_gpu.up_backward, **tiles),
+        weight_gradient=functools.partial(
+          mosaic_gpu.BACKEND.weight_gradient,
+          tiles=tile_tables.Tiles(),
+          blocks=132,
+        ),
+      ),
+      'xla',
+    )
+
+    def local(x, index, weight, *ws):
+      y, pull = jax.vjp(
+        lambda x, weight, *ws: layer(x, index, weight, *ws), x, weight, *ws
+      )
+      return y, *pull(y)
+
+    def shape(*dims, dtype=jnp.bfloat16):
+      return jax.ShapeDtypeStruct(
+        dims, dtype, sharding=jax.NamedSharding(mesh, spec)
+      )
+
+    with jax.set_mesh(mesh):
+      found = jax.eval_shape(
+        jax.shard_map(local, in_specs=(spec,) * 6, out_specs=(spec,) * 6),
+        shape(16, 256),
+        shape(16, 2, dtype=jnp.int32),
+        shape(16, 2, dtype=jnp.float32),
+        shape(4, 256, 256),
+        shape(4, 256, 256),
+        shape(4, 256, 256),
+      )
+    self.assertEqual([z.shape for z in found[3:]], [(4, 256, 256)] * 3)
+
 
 def one_count(tiles):
   """The same with code for one row count: lowering takes seconds each."""
