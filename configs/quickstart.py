@@ -6,7 +6,7 @@ or, in an environment that is set up,
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-A mixture-of-experts model of M2's shape and half a million parameters learns
+A mixture-of-experts model of M2's shape and less than a million parameters learns
 to migrate SQL schemas: from demonstrations, then by reinforcement learning on
 what its own statements do to a database, then by a round in which the loop
 finds the weakest skill and tries to mend it. Ends within 15 minutes on two
@@ -37,8 +37,9 @@ SKILLS = (
   'unique_dedup',
   'two_step',
 )
-LENGTH = 256  # tokens of a training row: nearly all demonstrations fit
-CONTEXT = 384  # tokens of an episode, of a cache slot, of a line of RL rows
+# Tokens of a training row, of an episode, of a cache slot, of a line of RL rows:
+# every demonstration fits, with a mistake and its correction, too.
+LENGTH = 256
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -47,10 +48,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config = settings.to_config(
     settings.RunConfig(
       mode='quickstart',
-      steps=900,  # of SFT
+      steps=200,  # of SFT
       model=model(),
       mesh=settings.MeshConfig(),
       optim=settings.OptimConfig(
+        name='muon',
         lr=3e-3,
         warmup=50,
         bias_rate=1e-2,  # balance within the few hundred steps there are
@@ -67,18 +69,18 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       prompt=settings.PromptConfig(
         tools=False,  # the prompt is a third as long without
       ),
-      agent=settings.AgentConfig(max_new=128),
-      engine=settings.EngineConfig(slots=128, length=CONTEXT),
+      agent=settings.AgentConfig(max_new=96),
+      engine=settings.EngineConfig(slots=128, length=LENGTH),
       forge=settings.ForgeConfig(
-        groups=16, group_size=8, in_flight=16, row_tokens=CONTEXT
+        groups=16, group_size=8, in_flight=16, row_tokens=LENGTH
       ),
-      evolve=settings.EvolveConfig(dev_tasks=280, gate_tasks=420),
+      evolve=settings.EvolveConfig(dev_tasks=210, gate_tasks=280),
       stages=settings.StagesConfig(
-        rl_steps=40,
-        rl_lr=6e-4,
-        evolve_steps=200,
+        rl_steps=50,
+        rl_lr=3e-4,
+        evolve_steps=100,
         evolve_lr=1e-3,
-        test_tasks=420,
+        test_tasks=700,
       ),
     )
   )
@@ -86,16 +88,17 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 
 def model() -> settings.ModelConfig:
-  """M2 in small: 6 query heads on 1, 2 of 16 experts, QK-norm, half RoPE."""
+  """M2 in small: 6 query heads on 2, 2 of 16 experts, QK-norm, half RoPE."""
   return settings.ModelConfig(
-    vocab=1024,
+    vocab=768,
     d_model=96,
     layers=2,
     heads=6,
-    kv_heads=1,
+    kv_heads=2,
     head_dim=32,
     rotary_dim=16,
-    max_positions=CONTEXT,
+    rope_theta=100.0,  # positions end at 256 here, not at 196,608
+    max_positions=LENGTH,
     experts=16,
     d_expert=64,
     top_k=2,
