@@ -6,8 +6,8 @@ or, in an environment that is set up,
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-A mixture-of-experts model of M2's shape and less than a million parameters learns
-to migrate SQL schemas: from demonstrations, then by reinforcement learning on
+A mixture-of-experts model of M2's shape and 0.8 million parameters learns to
+migrate SQL schemas: from demonstrations, then by reinforcement learning on
 what its own statements do to a database, then by a round in which the loop
 finds the weakest skill and tries to mend it. Ends within 15 minutes on two
 cores with a table of the sealed TEST, results.json and report.html: success
@@ -37,8 +37,8 @@ SKILLS = (
   'unique_dedup',
   'two_step',
 )
-# Tokens of a training row, of an episode, of a cache slot, of a line of RL rows:
-# every demonstration fits, with a mistake and its correction, too.
+# Tokens of a training row, an episode, a cache slot and a line of RL rows: all
+# demonstrations fit, with a mistake and its correction, too.
 LENGTH = 256
 
 

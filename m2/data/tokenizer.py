@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,9 +23,11 @@ from m2.data import markup, template
 
 # Pieces that `train` learns its merges within. Each is one of: words in lower
 # case, at most their first letter not; digits by three; tags that follow each
-# other; everything else up to the next of these, blanks included. See `train`.
+# other, but none that is a special token; everything else up to the next of
+# these, blanks included. See `train`.
 _WORD = r'\p{Lu}?[\p{Ll}\p{M}]+'
-_TAG = r'</?\p{Ll}[^<>\n]*>'
+_NOT_SPECIAL = rf'(?!{"|".join(map(re.escape, markup.SPECIALS))})'
+_TAG = rf'{_NOT_SPECIAL}</?\p{{Ll}}[^<>\n]*>'
 PATTERN = '|'.join(
   (
     _WORD,
