@@ -11,7 +11,9 @@ migrate SQL schemas: from demonstrations, then by reinforcement learning on
 what its own statements do to a database, then by a round in which the loop
 finds the weakest skill and tries to mend it. Ends within 15 minutes on two
 cores with a table of the sealed TEST, results.json and report.html: success
-rises from sft to rl, and the round's verdict stands beside its control arm.
+rises from about 48% (sft) by 4 to 7 points (rl), and the round's verdict stands
+beside its control arm. SFT is short, so that RL finds skills of middling
+success; 500 steps of it alone reach some 70% of DEV.
 `configs/quickstart.py:seed=1`, or any leaf so, is another run.
 """
 
