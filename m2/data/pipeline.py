@@ -25,7 +25,10 @@ ROW_AXES = ('data', 'fsdp', 'expert')
 # read again in well under a second when a run resumes.
 _WINDOW_TOKENS = 1 << 16
 _WINDOW_ROWS = 8  # at the least
-_TRAINING_CHARACTERS = 20_000_000  # of text that a new tokenizer learns from
+# Text that a new tokenizer learns from: so much for each of its ids, at most
+# so much.
+_CHARACTERS_PER_ID = 2_000
+_MOST_CHARACTERS = 20_000_000
 
 
 def make(
@@ -149,7 +152,8 @@ def tokenizer(
   elif kept.exists():
     found = tokenizers.load(kept)
   else:
-    found = tokenizers.train(texts(open_source(cfg, source)), vocab)
+    enough = min(vocab * _CHARACTERS_PER_ID, _MOST_CHARACTERS)
+    found = tokenizers.train(texts(open_source(cfg, source), enough), vocab)
   if found.size > vocab:
     raise ValueError(
       f'the tokenizer has {found.size} ids but model.vocab={vocab}; raise '
@@ -160,11 +164,15 @@ def tokenizer(
   return found
 
 
-def texts(source: sources.Source) -> Iterator[str]:
-  """Text to train a tokenizer on: rows in a fixed mixed order, up to 20 MB.
+def texts(source: sources.Source, enough: int) -> Iterator[str]:
+  """Text to train a tokenizer on: rows in a fixed mixed order.
 
   Chats are rendered; special tokens are cut out. Rows of ready tokens, which
   some other tokenizer made, are an error.
+
+  Args:
+    source: the rows.
+    enough: characters; the row that reaches them is the last.
   """
   read = 0
   for index in np.random.default_rng(0).permutation(len(source)):
@@ -172,7 +180,7 @@ def texts(source: sources.Source) -> Iterator[str]:
     for text in documents.plain(row, where):
       yield text
       read += len(text)
-    if read >= _TRAINING_CHARACTERS:
+    if read >= enough:
       return
 
 

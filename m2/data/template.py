@@ -74,11 +74,13 @@ class Rendered:
     text: what the published template writes.
     spans: [start, end) characters that the model itself must produce.
     marks: [start, end) characters of each special token the template wrote.
+    muted: those of `spans` that carry no loss: turns of `weight` 0.
   """
 
   text: str
   spans: tuple[tuple[int, int], ...]
   marks: tuple[tuple[int, int], ...]
+  muted: tuple[tuple[int, int], ...] = ()
 
   def pieces(self) -> Iterator[Piece]:
     """Cuts the text at marks and at the ends of spans, in order.
@@ -86,7 +88,7 @@ class Rendered:
     A span starts a piece because sampling starts there: no token may reach
     from the prompt into what the model produced.
     """
-    marks = dict(self.marks)
+    marks, muted = dict(self.marks), set(self.muted)
     edges = {0, len(self.text)}
     edges.update(edge for pair in (*self.spans, *self.marks) for edge in pair)
     edges = sorted(edges)
@@ -95,7 +97,8 @@ class Rendered:
     for start, end in zip(edges, edges[1:]):
       while span[1] <= start:
         span = next(spans)
-      yield Piece(self.text[start:end], start in marks, start >= span[0])
+      trained = start >= span[0] and span not in muted
+      yield Piece(self.text[start:end], start in marks, trained)
 
 
 class _Writer:
@@ -105,6 +108,7 @@ class _Writer:
     self._parts: list[str] = []
     self._marks: list[tuple[int, int]] = []
     self._spans: list[tuple[int, int]] = []
+    self._muted: list[tuple[int, int]] = []
     self._length = 0
     self._opened = 0
 
@@ -119,12 +123,16 @@ class _Writer:
   def open_span(self) -> None:
     self._opened = self._length
 
-  def close_span(self) -> None:
+  def close_span(self, muted: bool) -> None:
     self._spans.append((self._opened, self._length))
+    self._muted += self._spans[-1:] if muted else []
 
   def rendered(self) -> Rendered:
     return Rendered(
-      ''.join(self._parts), tuple(self._spans), tuple(self._marks)
+      ''.join(self._parts),
+      tuple(self._spans),
+      tuple(self._marks),
+      tuple(self._muted),
     )
 
 
@@ -143,7 +151,8 @@ def render(
 
   Args:
     messages: OpenAI-style dictionaries: role; content (text, parts or null);
-      reasoning_content and tool_calls of an assistant; current_date and
+      reasoning_content and tool_calls of an assistant, and its weight, 0 for
+      a turn that is shown but not to be learned; current_date and
       current_location of the system message. Arguments of a call are a
       mapping or its JSON.
     tools: OpenAI-style tool dictionaries, wrapped in `function` or not.
@@ -261,7 +270,9 @@ def _assistant(out: _Writer, message: Mapping[str, Any], shown: bool) -> None:
   if calls := message.get('tool_calls'):
     _calls(out, calls)
   out.special(markup.EOS)
-  out.close_span()
+  weight = message.get('weight', 1)
+  _require(weight in (0, 1), f'weight={weight!r}: expected 0 or 1')
+  out.close_span(muted=not weight)
   out.text('\n')
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,21 +21,19 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from m2.data import markup, template
 
-# M2's pre-tokeniser: runs of letters that respect case, with a contraction;
-# digits by three; punctuation, which may swallow the line ends and slashes
-# behind it; whitespace, which leaves its last blank to the next word.
-_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_UPPER = r'\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}'
-_LOWER = r'\p{Ll}\p{Lm}\p{Lo}\p{M}'
+# Pieces that `train` learns its merges within. Each is one of: words in lower
+# case, at most their first letter not; digits by three; tags that follow each
+# other, but none that is a special token; everything else up to the next of
+# these, blanks included. See `train`.
+_WORD = r'\p{Lu}?[\p{Ll}\p{M}]+'
+_NOT_SPECIAL = rf'(?!{"|".join(map(re.escape, markup.SPECIALS))})'
+_TAG = rf'{_NOT_SPECIAL}</?\p{{Ll}}[^<>\n]*>'
 PATTERN = '|'.join(
   (
-    rf'[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTION}',
-    rf'[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTION}',
+    _WORD,
     r'\p{N}{1,3}',
-    r' ?[^\s\p{L}\p{N}]+[\r\n/]*',
-    r'\s*[\r\n]+',
-    r'\s+(?!\S)',
-    r'\s+',
+    rf'\n?(?:{_TAG}\n?)+',
+    rf'(?:(?!{_WORD}|\p{{N}}|\n?{_TAG})[\s\S])+',
   )
 )
 _BYTES = 256
@@ -215,6 +214,13 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 def train(texts: Iterable[str], vocab: int) -> Tokenizer:
   """Trains a byte-level BPE on `texts`; the same texts give the same ids.
+
+  Not within M2's pieces, in which a word swallows the blank or the sign before
+  it: `(name`, `,name` and ` name` are then three ids of one identifier, and a
+  small model must learn which of them copies which, for every name alone. Here
+  a word has the same ids wherever it stands, so that copying one is copying;
+  and what stands between two words, blanks included, may become one id
+  (` INT,`), so that texts are shorter. Files of others keep their own rules.
 
   Ids 0 to 8 are M2's special tokens (0 pads), 9 to 264 the bytes, then merges.
 

@@ -101,7 +101,8 @@ class Demonstrations:
   A row is `{'messages': [...], 'skill': ...}`, with `tools` if the prompt shows
   them; the family's generator writes the solutions, not a model. In a share of
   the rows the first call is a realistic mistake, its answer is what the
-  workspace really says, and the second call mends it.
+  workspace really says, and the second call mends it. The mistake itself has
+  weight 0: it is there to be mended, not to be learned.
   """
 
   def __init__(
@@ -159,7 +160,7 @@ def solve(
   if wrong is not None:
     answer = family.answer(task, wrong)
     messages += [
-      _call('sql', {'script': wrong}, task.skill),
+      {**_call('sql', {'script': wrong}, task.skill), 'weight': 0},
       {'role': 'tool', 'content': answer},
     ]
   thought = 'mend' if wrong is not None else task.skill

@@ -42,7 +42,7 @@ class PipelineTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.rows = chats(300)
-    texts = pipeline.texts(sources.Memory(cls.rows))
+    texts = pipeline.texts(sources.Memory(cls.rows), 1_000_000)
     cls.tok = tokenizer.train(texts, VOCAB)
 
   def make(self, cfg=CFG, **kwargs):

@@ -228,6 +228,21 @@ class SpansTest(absltest.TestCase):
         expected[len(prompt) : end] = [1.0] * (end - len(prompt))
       self.assertEqual(weights, expected)
 
+  def test_a_turn_of_weight_0_is_shown_and_not_trained(self):
+    tok = small_tokenizer()
+    user = {'role': 'user', 'content': 'a'}
+    turns = [{'role': 'assistant', 'content': text} for text in ('b', 'c')]
+    muted = [user, turns[0] | {'weight': 0}, user, turns[1]]
+    plain, shown = (
+      template.render(messages)
+      for messages in ([user, turns[0], user, turns[1]], muted)
+    )
+    self.assertEqual((shown.text, shown.spans), (plain.text, plain.spans))
+    ids, weights = tok.encode_rendered(shown)
+    self.assertEqual(tok.decode(ids[weights > 0]), 'c[e~[')
+    with self.assertRaisesRegex(ValueError, 'weight=0.5'):
+      template.render([user, turns[0] | {'weight': 0.5}])
+
   def test_a_turn_without_reasoning_is_trained_from_its_first_letter(self):
     rendered = template.render(
       [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
