@@ -89,7 +89,13 @@ def route(
 def _replayed(score_BTE: jax.Array, experts_BTX: jax.Array) -> jax.Array:
   """Weights of given choices from live scores; unused slots (E) get 0."""
   own_BTXE = jax.nn.one_hot(experts_BTX, score_BTE.shape[-1])
-  chosen_BTX = jnp.einsum('btxe,bte->btx', own_BTXE, score_BTE)
+  # Copies of scores, to the last bit: no reduced precision on accelerators.
+  chosen_BTX = jnp.einsum(
+    'btxe,bte->btx',
+    own_BTXE,
+    score_BTE,
+    precision=jax.lax.Precision.HIGHEST,
+  )
   return chosen_BTX / chosen_BTX.sum(-1, keepdims=True)
 
 
