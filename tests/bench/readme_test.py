@@ -48,6 +48,27 @@ class ReadmeTest(absltest.TestCase):
       text,
     )
 
+  def test_a_layer_becomes_a_row(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    row = {
+      'direction': 'both',
+      'tokens': 8192,
+      'experts': 256,
+      'routing': 'uniform',
+      'seconds': {'mosaic_gpu': {'median': 0.012}, 'torch': {'median': 0.02}},
+      'ratio_to_floor': 1.5,
+      'saved_bytes': {'mosaic_gpu': 400 << 20, 'torch': 2000 << 20},
+    }
+    rows = [row, row | {'routing': 'zipf'}, {'direction': 'copy', 'rate': 1.0}]
+    record.write('moe', 'Some GPU', rows, command='x', folder=folder)
+    text = readme.render(EMPTY, folder)
+    self.assertIn(
+      '| with gradients | 256 | 8,192 | 12.00 | 20.00 |  | 1.50 | 400 | 2,000 '
+      '| Some GPU | ',
+      text,
+    )
+    self.assertEqual(text.count('Some GPU'), 1)
+
   def test_two_runs_of_one_seed_are_refused(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     (folder / 'results.json').write_text(json.dumps(sample.results()))
