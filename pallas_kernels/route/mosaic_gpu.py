@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.route import vjp
 
 WARPS = 4  # of a warpgroup
 ROWS = 4 * WARPS  # tokens of a block
@@ -38,11 +39,6 @@ def refusal(experts: int) -> str | None:
   return hopper.refusal()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _route(score_ME, bias_E, top_k, min_k, min_share):
-  return _choose(score_ME, bias_E, top_k, min_k, min_share)
-
-
 def route(
   score_ME: jax.Array,
   bias_E: jax.Array,
@@ -52,35 +48,9 @@ def route(
   min_share: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Chosen experts and their weights; see `pallas_kernels.route.api.route`."""
-  return _route(score_ME, lax.stop_gradient(bias_E), top_k, min_k, min_share)
-
-
-def _forward(score_ME, bias_E, top_k, min_k, min_share):
-  index_MX, weight_MX = _choose(score_ME, bias_E, top_k, min_k, min_share)
-  return (index_MX, weight_MX), (score_ME, index_MX, weight_MX)
-
-
-def _backward(top_k, min_k, min_share, residuals, cotangents):
-  """With w = s / sum(s) over used slots, dw_j/ds_i = (i==j - w_j) / sum(s)."""
-  del top_k, min_k, min_share
-  score_ME, index_MX, weight_MX = residuals
-  dweight_MX = cotangents[1]
-  own_ME = jnp.arange(score_ME.shape[1])[None]
-  slots = range(index_MX.shape[1])
-  # Sums over slots written out become one loop over [M, E]; a scatter would
-  # be serial and a product with one-hot rows X times as large.
-  chosen_ME = sum(index_MX[:, x, None] == own_ME for x in slots)
-  total_M1 = (score_ME * chosen_ME).sum(1, keepdims=True)
-  mean_M1 = (dweight_MX * weight_MX).sum(1, keepdims=True)
-  dchosen_MX = (dweight_MX - mean_M1) / total_M1
-  dscore_ME = sum(
-    jnp.where(index_MX[:, x, None] == own_ME, dchosen_MX[:, x, None], 0)
-    for x in slots
+  return vjp.route(
+    _choose, score_ME, bias_E, top_k=top_k, min_k=min_k, min_share=min_share
   )
-  return dscore_ME, None
-
-
-_route.defvjp(_forward, _backward)
 
 
 def _choose(score_ME, bias_E, top_k, min_k, min_share):

@@ -9,19 +9,19 @@ from jax import lax
 
 
 def route(
-  choose: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
+  choose: Callable[..., tuple[jax.Array, ...]],
   score_ME: jax.Array,
   bias_E: jax.Array,
   *,
   top_k: int,
   min_k: int,
   min_share: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Chosen experts, their weights, and how often each expert was chosen.
+) -> tuple[jax.Array, ...]:
+  """What `choose` gives: chosen experts, their weights, and maybe counts.
 
   Args:
-    choose: (score_ME, bias_E, top_k, min_k, min_share) -> those three, without
-      a derivative.
+    choose: (score_ME, bias_E, top_k, min_k, min_share) -> index_MX, weight_MX
+      and what else there is, without a derivative.
     score_ME: see `pallas_kernels.route.api.route`.
     bias_E: likewise.
     top_k: likewise.
@@ -50,7 +50,8 @@ def _backward(choose, top_k, min_k, min_share, residuals, cotangents):
   dweight_MX = cotangents[1]
   own_ME = jnp.arange(score_ME.shape[1])[None]
   slots = range(index_MX.shape[1])
-  # A loop over [M, E]; a scatter would be serial.
+  # Sums over slots written out become one loop over [M, E]; a scatter would
+  # be serial and a product with one-hot rows X times as large.
   chosen_ME = sum(index_MX[:, x, None] == own_ME for x in slots)
   total_M1 = (score_ME * chosen_ME).sum(1, keepdims=True)
   mean_M1 = (dweight_MX * weight_MX).sum(1, keepdims=True)

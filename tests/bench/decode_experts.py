@@ -26,7 +26,6 @@ import itertools
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -42,7 +41,7 @@ import torch  # noqa: E402
 import pallas_kernels  # noqa: E402
 from pallas_kernels import tiles as tile_tables  # noqa: E402
 from pallas_kernels.decode import mosaic_gpu  # noqa: E402
-from tests.bench import record  # noqa: E402
+from tests.bench import record, timing  # noqa: E402
 from tests.pallas_kernels import decode_cases  # noqa: E402
 
 EXPERTS, WIDTH, HIDDEN, TOP_K = 256, 3072, 1536, 8
@@ -50,8 +49,7 @@ TOKENS = {256: (1, 2, 4, 8, 16, 32, 64, 128, 256), 32: (1, 8, 64, 256)}
 ROUTINGS = ('uniform', 'zipf', 'eight')
 FORMATS = {'bf16': 2, 'fp8': 1}  # bytes of a weight
 CALLS = 4  # layers a program
-ROUNDS = 5
-ROUND_SECONDS = 0.01
+MOST = 50  # programs of a round
 TOLERANCE = 1e-2  # of bfloat16 results against each other, in norm
 PROFILED = (8, 64)  # tokens at which more is looked at
 CANDIDATES = {
@@ -247,35 +245,11 @@ def graphed(run: Callable) -> Callable:
   return replay
 
 
-def race(calls: Mapping[str, Callable], layers: int = CALLS) -> dict[str, dict]:
-  """Seconds a layer of each contender, in turns; see `record.summary`."""
-  count = {}
-  for name, call in calls.items():
-    timed(call, 1)
-    count[name] = max(1, min(50, int(ROUND_SECONDS / timed(call, 1))))
-  samples = {name: [] for name in calls}
-  for _ in range(ROUNDS):
-    for name, call in calls.items():
-      samples[name].append(timed(call, count[name]) / layers)
-  return {name: record.summary(seconds) for name, seconds in samples.items()}
-
-
-def timed(call: Callable, count: int) -> float:
-  torch.cuda.synchronize()
-  start = time.perf_counter()
-  for _ in range(count):
-    result = call()
-  if isinstance(result, jax.Array):
-    result.block_until_ready()
-  torch.cuda.synchronize()
-  return (time.perf_counter() - start) / count
-
-
 def kernels(call: Callable) -> dict[str, float]:
   """Kernel -> microseconds a layer, launched by whomever in this process."""
   on_gpu = [torch.profiler.ProfilerActivity.CUDA]
   with torch.profiler.profile(activities=on_gpu) as profile:
-    timed(call, 5)
+    timing.timed(call, 5)
   return {
     event.key[:60]: event.device_time_total / (5 * CALLS)
     for event in profile.key_averages()
@@ -289,7 +263,9 @@ def read_rate(w: jax.Array) -> float:
   most = jax.jit(lambda w: jnp.max(w))
   same = torch.from_dlpack(w).view(torch.float32)
   calls = {'sum': lambda: total(w), 'max': lambda: most(w), 'torch': same.amax}
-  return w.nbytes / min(z['median'] for z in race(calls, 1).values())
+  return w.nbytes / min(
+    z['median'] for z in timing.race(calls, most=MOST).values()
+  )
 
 
 def check(case: Case, calls: Mapping[str, Callable]) -> None:
@@ -310,7 +286,7 @@ def measure(
   """One row of the table, with the kernels' own times if `listed`."""
   calls = bench.contenders(case, programs)
   check(case, calls)
-  seconds = race(calls)
+  seconds = timing.race(calls, most=MOST, parts=CALLS)
   ours = seconds['mosaic_gpu']['median']
   floor = case.bytes / rate
   row = dataclasses.asdict(case) | {
@@ -359,7 +335,10 @@ def tune(bench: Bench, path: pathlib.Path) -> None:
         key: functools.partial(program, *args)
         for program, (key, (_, args)) in zip(programs, lowered.items())
       }
-      seconds = {key: z['median'] for key, z in race(calls).items()}
+      seconds = {
+        key: z['median']
+        for key, z in timing.race(calls, most=MOST, parts=CALLS).items()
+      }
       for (tiles, count), value in seconds.items():
         print(f'{format} {side} B={count}: {tiles} {1e6 * value:.1f} us')
       best[side] = min(

@@ -22,16 +22,24 @@ def compile(
   return compiled
 
 
-def race(calls: Mapping[str, Callable]) -> dict[str, dict[str, float]]:
-  """Seconds a call of each contender, in turns; see `record.summary`."""
+def race(
+  calls: Mapping[str, Callable], *, most: int = 20, parts: int = 1
+) -> dict[str, dict[str, float]]:
+  """Seconds a call of each contender, in turns; see `record.summary`.
+
+  Args:
+    calls: name -> call.
+    most: calls of a round, at the most.
+    parts: equal parts that a call consists of; seconds are of one.
+  """
   count = {}
   for name, call in calls.items():
     timed(call, 1)
-    count[name] = max(1, min(20, int(ROUND_SECONDS / timed(call, 1))))
+    count[name] = max(1, min(most, int(ROUND_SECONDS / timed(call, 1))))
   samples = {name: [] for name in calls}
   for _ in range(ROUNDS):
     for name, call in calls.items():
-      samples[name].append(timed(call, count[name]))
+      samples[name].append(timed(call, count[name]) / parts)
   return {name: record.summary(seconds) for name, seconds in samples.items()}
 
 
