@@ -20,12 +20,12 @@ from pallas_kernels import tiles as tile_tables
 from pallas_kernels.decode import mosaic_gpu, xla
 from pallas_kernels.decode import plan as plans
 from tests.pallas_kernels import decode_cases as cases
+from tests.pallas_kernels import hopper_cases
 
 SMALL = cases.Shape(experts=4, width=256, hidden=128)
 M2 = cases.Shape(experts=256, width=3072, hidden=1536)
 TILES = tile_tables.DecodeTiles(depth=128, stages=2, tokens=16)
 BLOCKS = 2  # persistent blocks, so that each walks several tiles
-CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
 ON_GPU = jax.default_backend() == 'gpu'
 RUN = jax.jit(functools.partial(decode_experts, impl='mosaic_gpu'))
 
@@ -108,14 +108,7 @@ class MosaicGpuTest(parameterized.TestCase):
     run = functools.partial(
       mosaic_gpu.decode_experts, up_tiles=tiles, down_tiles=tiles, blocks=132
     )
-    exported = jax.export.export(
-      jax.jit(run),
-      platforms=['cuda'],
-      disabled_checks=[
-        jax.export.DisabledSafetyCheck.custom_call(name)
-        for name in CUSTOM_CALLS
-      ],
-    )(*args)
+    exported = hopper_cases.export(run, *args)
     self.assertIn('mosaic_gpu', exported.mlir_module())
 
   @parameterized.parameters('mosaic_gpu', 'xla')

@@ -4,7 +4,6 @@ Interpreted on a CPU, on the smallest tiles; compiled on a Hopper GPU:
 `python -m tests.pallas_kernels.experts_mosaic_gpu_test`.
 """
 
-import contextlib
 import dataclasses
 import functools
 
@@ -12,24 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import mosaic_gpu, ref, vjp
-from pallas_kernels.gmm import ref as gmm_ref
+from tests.pallas_kernels import hopper_cases, row_cases
 
 TOLERANCE = 8e-3  # in norm: bfloat16 results of bfloat16 intermediate values
 DIM, HIDDEN, ALIGN = 128, 256, 8
 ROW_TILES = tile_tables.RowTiles(rows=(8, 40, 72), stages=2)
 BLOCKS = 4  # two clusters of two
-CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
-
-
-def compiled_here():
-  """Interprets the kernels where there is no GPU."""
-  if jax.default_backend() == 'gpu':
-    return contextlib.nullcontext()
-  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
 
 
 def small(name):
@@ -39,50 +29,21 @@ def small(name):
   )
 
 
-def rows_of(sizes, rows, widths, inside=True):
-  """Random bfloat16 rows; those of no group hold NaN."""
-  keys = jax.random.split(jax.random.key(rows), len(widths))
-  owner_P = gmm_ref.group_of_rows(jnp.asarray(sizes), rows, ALIGN)
-  inside_P1 = (owner_P < len(sizes))[:, None]
-  return (
-    owner_P,
-    inside_P1,
-    [
-      jnp.where(
-        inside_P1,
-        jax.random.normal(key, (rows, width)).astype(jnp.bfloat16),
-        jnp.nan,
-      )
-      for key, width in zip(keys, widths)
-    ],
-  )
-
-
-def matrices(groups, *shapes):
-  keys = jax.random.split(jax.random.key(groups), len(shapes))
-  return [
-    (jax.random.normal(key, (groups, *shape)) / 8).astype(jnp.bfloat16)
-    for key, shape in zip(keys, shapes)
-  ]
-
-
 class ExpertsMosaicGpuTest(parameterized.TestCase):
   # A group of one row, an empty one, one of two tiles, rows after the last.
   SIZES, ROWS = (3, 0, 130, 1), 168
 
   def assert_close(self, got, want, tolerance=TOLERANCE):
-    got, want = np.float64(got), np.float64(want)
-    self.assertEqual(got.shape, want.shape)
-    self.assertTrue(np.isfinite(got).all())
-    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
-    self.assertLess(error, tolerance)
+    row_cases.assert_close(self, got, want, tolerance)
 
   @parameterized.parameters(True, False)
   def test_up(self, save):
     sizes_E = jnp.asarray(self.SIZES, jnp.int32)
-    owner_P, inside_P1, (x_PD,) = rows_of(self.SIZES, self.ROWS, (DIM,))
-    wi_0, wi_1 = matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
-    with compiled_here():
+    owner_P, inside_P1, (x_PD,) = row_cases.rows_of(
+      self.SIZES, self.ROWS, (DIM,), ALIGN
+    )
+    wi_0, wi_1 = row_cases.matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
+    with hopper_cases.compiled_here():
       gate, up, act = small('up')(x_PD, wi_0, wi_1, sizes_E, save=save)
     x = jnp.where(inside_P1, x_PD, 0).astype(jnp.float32)
     want = [
@@ -96,11 +57,11 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
 
   def test_up_backward(self):
     sizes_E = jnp.asarray(self.SIZES, jnp.int32)
-    owner_P, inside_P1, (dgate, dup) = rows_of(
-      self.SIZES, self.ROWS, (HIDDEN, HIDDEN)
+    owner_P, inside_P1, (dgate, dup) = row_cases.rows_of(
+      self.SIZES, self.ROWS, (HIDDEN, HIDDEN), ALIGN
     )
-    wi_0, wi_1 = matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
-    with compiled_here():
+    wi_0, wi_1 = row_cases.matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
+    with hopper_cases.compiled_here():
       dx = small('up_backward')(dgate, dup, wi_0, wi_1, sizes_E)
     want = sum(
       jnp.einsum(
@@ -115,15 +76,15 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
   @parameterized.parameters(HIDDEN, 128)
   def test_down_backward(self, hidden):
     sizes_E = jnp.asarray(self.SIZES, jnp.int32)
-    owner_P, inside_P1, (dy, gate, up) = rows_of(
-      self.SIZES, self.ROWS, (DIM, hidden, hidden)
+    owner_P, inside_P1, (dy, gate, up) = row_cases.rows_of(
+      self.SIZES, self.ROWS, (DIM, hidden, hidden), ALIGN
     )
-    (wo,) = matrices(4, (hidden, DIM))
+    (wo,) = row_cases.matrices(4, (hidden, DIM))
     weight_P = jnp.where(
       inside_P1[:, 0], jax.random.uniform(jax.random.key(0), (self.ROWS,)), 0
     )
     gate, up = (jnp.where(inside_P1, z, 0) for z in (gate, up))
-    with compiled_here():
+    with hopper_cases.compiled_here():
       got = small('down_backward')(dy, wo, gate, up, weight_P, sizes_E)
     dy, gate, up = (
       jnp.where(inside_P1, z, 0).astype(jnp.float32) for z in (dy, gate, up)
@@ -150,7 +111,9 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
     )
     weight = jax.random.uniform(keys[2], (tokens, top_k))
     dy = jax.random.normal(keys[3], (tokens, DIM)).astype(jnp.bfloat16)
-    ws = matrices(experts, (DIM, HIDDEN), (DIM, HIDDEN), (HIDDEN, DIM))
+    ws = row_cases.matrices(
+      experts, (DIM, HIDDEN), (DIM, HIDDEN), (HIDDEN, DIM)
+    )
     tiny = vjp.Backend(
       alignment=mosaic_gpu.BACKEND.alignment,
       up=small_keywords('up'),
@@ -170,7 +133,7 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
       )
       return y, *pull(dy.astype(y.dtype))
 
-    with compiled_here():
+    with hopper_cases.compiled_here():
       got = run(functools.partial(vjp.experts, tiny, 'xla'))
     with jax.default_matmul_precision('highest'):
       want = run(ref.experts)
@@ -205,14 +168,9 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
       tiles=one_count(tile_tables.ROW_TILES['many']),
       **({'save': True} if name == 'up' else {}),
     )
-    exported = jax.export.export(
-      jax.jit(call),
-      platforms=['cuda'],
-      disabled_checks=[
-        jax.export.DisabledSafetyCheck.custom_call(target)
-        for target in CUSTOM_CALLS
-      ],
-    )(*operands, shape(experts, dtype=jnp.int32))
+    exported = hopper_cases.export(
+      call, *operands, shape(experts, dtype=jnp.int32)
+    )
     self.assertIn('mosaic_gpu', exported.mlir_module())
 
 

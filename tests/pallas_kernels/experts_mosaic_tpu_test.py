@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles_tpu
 from pallas_kernels.experts import mosaic_tpu, ref, vjp
-from pallas_kernels.gmm import ref as gmm_ref
+from tests.pallas_kernels import row_cases
 
 TOLERANCE = 8e-3  # in norm: bfloat16 results of bfloat16 intermediate values
 DIM, HIDDEN, ALIGN = 128, 256, 16
@@ -29,45 +29,19 @@ def small(operation):
   return functools.partial(operation, align=ALIGN, tiles=TILES, chip=CHIP)
 
 
-def rows_of(sizes, rows, widths):
-  """Random bfloat16 rows; those of no group hold NaN."""
-  keys = jax.random.split(jax.random.key(rows), len(widths))
-  owner_P = gmm_ref.group_of_rows(jnp.asarray(sizes), rows, ALIGN)
-  inside_P1 = (owner_P < len(sizes))[:, None]
-  found = [
-    jnp.where(
-      inside_P1,
-      jax.random.normal(key, (rows, width)).astype(jnp.bfloat16),
-      jnp.nan,
-    )
-    for key, width in zip(keys, widths)
-  ]
-  return owner_P, inside_P1, found
-
-
-def matrices(groups, *shapes):
-  keys = jax.random.split(jax.random.key(groups), len(shapes))
-  return [
-    (jax.random.normal(key, (groups, *shape)) / 8).astype(jnp.bfloat16)
-    for key, shape in zip(keys, shapes)
-  ]
-
-
 class ExpertsMosaicTpuTest(parameterized.TestCase):
   # A group of one row, an empty one, one of two tiles, rows after the last.
   SIZES, ROWS = (3, 0, 50, 1), 112
 
   def assert_close(self, got, want, tolerance=TOLERANCE):
-    got, want = np.float64(got), np.float64(want)
-    self.assertEqual(got.shape, want.shape)
-    self.assertTrue(np.isfinite(got).all())
-    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
-    self.assertLess(error, tolerance)
+    row_cases.assert_close(self, got, want, tolerance)
 
   def test_up(self):
     sizes_E = jnp.asarray(self.SIZES, jnp.int32)
-    owner_P, inside_P1, (x_PD,) = rows_of(self.SIZES, self.ROWS, (DIM,))
-    wi_0, wi_1 = matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
+    owner_P, inside_P1, (x_PD,) = row_cases.rows_of(
+      self.SIZES, self.ROWS, (DIM,), ALIGN
+    )
+    wi_0, wi_1 = row_cases.matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
     gate, up, act = small(mosaic_tpu.up)(x_PD, wi_0, wi_1, sizes_E, save=True)
     x = jnp.where(inside_P1, x_PD, 0).astype(jnp.float32)
     want = [
@@ -85,10 +59,10 @@ class ExpertsMosaicTpuTest(parameterized.TestCase):
 
   def test_up_backward(self):
     sizes_E = jnp.asarray(self.SIZES, jnp.int32)
-    owner_P, inside_P1, (dgate, dup) = rows_of(
-      self.SIZES, self.ROWS, (HIDDEN, HIDDEN)
+    owner_P, inside_P1, (dgate, dup) = row_cases.rows_of(
+      self.SIZES, self.ROWS, (HIDDEN, HIDDEN), ALIGN
     )
-    wi_0, wi_1 = matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
+    wi_0, wi_1 = row_cases.matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
     dx = small(mosaic_tpu.up_backward)(dgate, dup, wi_0, wi_1, sizes_E)
     want = sum(
       jnp.einsum(
@@ -103,10 +77,10 @@ class ExpertsMosaicTpuTest(parameterized.TestCase):
 
   def test_down_backward(self):
     sizes_E = jnp.asarray(self.SIZES, jnp.int32)
-    owner_P, inside_P1, (dy, gate, up) = rows_of(
-      self.SIZES, self.ROWS, (DIM, HIDDEN, HIDDEN)
+    owner_P, inside_P1, (dy, gate, up) = row_cases.rows_of(
+      self.SIZES, self.ROWS, (DIM, HIDDEN, HIDDEN), ALIGN
     )
-    (wo,) = matrices(4, (HIDDEN, DIM))
+    (wo,) = row_cases.matrices(4, (HIDDEN, DIM))
     weight_P = jnp.where(
       inside_P1[:, 0], jax.random.uniform(jax.random.key(0), (self.ROWS,)), 0
     )
@@ -137,7 +111,9 @@ class ExpertsMosaicTpuTest(parameterized.TestCase):
     )
     weight = jax.random.uniform(keys[2], (tokens, top_k))
     dy = jax.random.normal(keys[3], (tokens, DIM)).astype(jnp.bfloat16)
-    ws = matrices(experts, (DIM, HIDDEN), (DIM, HIDDEN), (HIDDEN, DIM))
+    ws = row_cases.matrices(
+      experts, (DIM, HIDDEN), (DIM, HIDDEN), (HIDDEN, DIM)
+    )
     tiny = vjp.Backend(
       mosaic_tpu.alignment,
       *(

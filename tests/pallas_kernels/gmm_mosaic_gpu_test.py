@@ -5,32 +5,23 @@ bulk copies and barriers, on the smallest tiles; on a Hopper GPU the same tests
 run the compiled kernels: `python -m tests.pallas_kernels.gmm_mosaic_gpu_test`.
 """
 
-import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.gmm import api, layout, mosaic_gpu, ref, vjp
+from tests.pallas_kernels import hopper_cases, row_cases
 
 BF16_TOLERANCE = 5e-3  # in norm: one rounding of the result
 FP32_TOLERANCE = 1e-5
 TILES = tile_tables.Tiles(columns=128, stages=2, band=2)
 ROW_TILES = tile_tables.RowTiles(rows=(8, 64, 72), stages=2, cluster=1)
 BLOCKS = 2  # persistent blocks, so that each walks several tiles
-CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
-
-
-def compiled_here():
-  """Interprets the kernels where there is no GPU."""
-  if jax.default_backend() == 'gpu':
-    return contextlib.nullcontext()
-  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
 
 
 def backend(tiles=TILES, blocks=BLOCKS, rows=ROW_TILES):
@@ -39,21 +30,6 @@ def backend(tiles=TILES, blocks=BLOCKS, rows=ROW_TILES):
     functools.partial(mosaic_gpu.product, tiles=rows, blocks=blocks),
     functools.partial(mosaic_gpu.weight_gradient, tiles=tiles, blocks=blocks),
   )
-
-
-def operands(sizes, align, rows, width, out):
-  """Random bfloat16 operands; rows of no group hold NaN."""
-  keys = jax.random.split(jax.random.key(rows), 3)
-  sizes_G = jnp.asarray(sizes, jnp.int32)
-  inside_M1 = (ref.group_of_rows(sizes_G, rows, align) < len(sizes))[:, None]
-  x_MK, w_GKN, dy_MN = (
-    jax.random.normal(key, shape).astype(jnp.bfloat16)
-    for key, shape in zip(
-      keys, ((rows, width), (len(sizes), width, out), (rows, out))
-    )
-  )
-  x_MK = jnp.where(inside_M1, x_MK, jnp.nan)
-  return x_MK, w_GKN, sizes_G, jnp.where(inside_M1, dy_MN, jnp.nan), inside_M1
 
 
 def expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, align):
@@ -72,22 +48,14 @@ def expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, align):
     return y_MN, *pull(dy_MN)
 
 
-def assert_close(test, got, want, tolerance):
-  got, want = np.float64(got), np.float64(want)
-  test.assertEqual(got.shape, want.shape)
-  test.assertTrue(np.isfinite(got).all())
-  error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
-  test.assertLess(error, tolerance)
-
-
 class MosaicGpuTest(parameterized.TestCase):
   def test_product_and_derivative(self):
     # A group of one row, an empty one, one of two tiles, rows after the last.
     sizes, align, rows = [3, 0, 130, 1], 8, 168
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands(
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
       sizes, align, rows, 128, 128
     )
-    with compiled_here():
+    with hopper_cases.compiled_here():
       y_MN, pull = jax.vjp(
         lambda x, w: vjp.grouped_matmul(
           backend(), x, w, sizes_G, align=align, out_dtype=x.dtype
@@ -99,37 +67,43 @@ class MosaicGpuTest(parameterized.TestCase):
     want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, align)
     for ours, spec in zip(got, want):
       self.assertEqual(ours.dtype, jnp.bfloat16)
-      assert_close(self, ours, spec, BF16_TOLERANCE)
+      row_cases.assert_close(self, ours, spec, BF16_TOLERANCE)
     self.assertFalse(np.float32(y_MN)[~np.asarray(inside_M1)[:, 0]].any())
     self.assertFalse(np.float32(got[2])[np.asarray(sizes) == 0].any())
 
   def test_groups_may_start_anywhere(self):
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands([7, 0, 1], 1, 9, 128, 128)
-    with compiled_here():
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
+      [7, 0, 1], 1, 9, 128, 128
+    )
+    with hopper_cases.compiled_here():
       y_MN = vjp.grouped_matmul(
         backend(), x_MK, w_GKN, sizes_G, align=1, out_dtype=x_MK.dtype
       )
     want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, 1)
-    assert_close(self, y_MN, want[0], BF16_TOLERANCE)
+    row_cases.assert_close(self, y_MN, want[0], BF16_TOLERANCE)
 
   def test_shared_copies_and_float32_results(self):
     sizes, rows = [5, 66], 80
     tiles = tile_tables.Tiles(columns=128, stages=2, cluster=2, staging=3)
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands(sizes, 8, rows, 256, 128)
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
+      sizes, 8, rows, 256, 128
+    )
     rows_of = tile_tables.RowTiles(rows=(16, 40), stages=2, staging=3)
     ours = backend(tiles, 2 * BLOCKS, rows_of)
     options = {'align': 8, 'out_dtype': jnp.float32}
-    with compiled_here():
+    with hopper_cases.compiled_here():
       y_MN = ours.product(x_MK, w_GKN, sizes_G, transpose=False, **options)
       dw_GKN = ours.weight_gradient(x_MK, dy_MN, sizes_G, **options)
     want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, 8)
-    assert_close(self, y_MN, want[0], FP32_TOLERANCE)
-    assert_close(self, dw_GKN, want[2], FP32_TOLERANCE)
+    row_cases.assert_close(self, y_MN, want[0], FP32_TOLERANCE)
+    row_cases.assert_close(self, dw_GKN, want[2], FP32_TOLERANCE)
 
   def test_runs_are_bitwise_equal(self):
     if jax.default_backend() != 'gpu':
       self.skipTest('the interpreter is sequential; a GPU is not')
-    x_MK, w_GKN, sizes_G, *_ = operands([900, 0, 70], 8, 1024, 512, 512)
+    x_MK, w_GKN, sizes_G, *_ = row_cases.operands(
+      [900, 0, 70], 8, 1024, 512, 512
+    )
 
     @jax.jit
     def run(x, w):
@@ -172,14 +146,7 @@ class MosaicGpuTest(parameterized.TestCase):
       jax.ShapeDtypeStruct(second, jnp.bfloat16),
       jax.ShapeDtypeStruct((experts,), jnp.int32),
     )
-    exported = jax.export.export(
-      jax.jit(functools.partial(call, **options)),
-      platforms=['cuda'],
-      disabled_checks=[
-        jax.export.DisabledSafetyCheck.custom_call(name)
-        for name in CUSTOM_CALLS
-      ],
-    )(*shapes)
+    exported = hopper_cases.export(functools.partial(call, **options), *shapes)
     self.assertIn('mosaic_gpu', exported.mlir_module())
 
   def test_keeps_the_axes_over_which_operands_differ(self):
@@ -220,12 +187,12 @@ class MosaicGpuTest(parameterized.TestCase):
     self.assertIn('128', refusal(jnp.dtype('bfloat16'), (128, 96)))
     if jax.default_backend() == 'gpu':
       self.skipTest('nothing else is refused on a Hopper GPU')
-    x_MK, w_GKN, sizes_G, *_ = operands([8], 8, 8, 128, 128)
+    x_MK, w_GKN, sizes_G, *_ = row_cases.operands([8], 8, 8, 128, 128)
     with self.assertRaisesRegex(NotImplementedError, 'needs a Hopper GPU'):
       pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, impl='mosaic_gpu')
 
   def test_tiles_must_divide(self):
-    x_MK, _, sizes_G, dy_MN, _ = operands([8], 8, 8, 128, 128)
+    x_MK, _, sizes_G, dy_MN, _ = row_cases.operands([8], 8, 8, 128, 128)
     with self.assertRaisesRegex(ValueError, '128 columns'):
       backend(tile_tables.Tiles()).weight_gradient(
         x_MK, dy_MN, sizes_G, align=8, out_dtype=x_MK.dtype

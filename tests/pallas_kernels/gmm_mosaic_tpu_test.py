@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 import pallas_kernels
 from pallas_kernels import tiles_tpu
 from pallas_kernels.gmm import mosaic_tpu, ref, stream_tpu, vjp, xla
+from tests.pallas_kernels import row_cases
 
 BF16_TOLERANCE = 5e-3  # in norm: one rounding of the result
 FP32_TOLERANCE = 1e-5
@@ -39,21 +40,6 @@ def backend(tiles=TILES, on=None):
   )
 
 
-def operands(sizes, align, rows, width, out):
-  """Random bfloat16 operands; rows of no group hold NaN."""
-  keys = jax.random.split(jax.random.key(rows), 3)
-  sizes_G = jnp.asarray(sizes, jnp.int32)
-  inside_M1 = (ref.group_of_rows(sizes_G, rows, align) < len(sizes))[:, None]
-  x_MK, w_GKN, dy_MN = (
-    jax.random.normal(key, shape).astype(jnp.bfloat16)
-    for key, shape in zip(
-      keys, ((rows, width), (len(sizes), width, out), (rows, out))
-    )
-  )
-  x_MK = jnp.where(inside_M1, x_MK, jnp.nan)
-  return x_MK, w_GKN, sizes_G, jnp.where(inside_M1, dy_MN, jnp.nan), inside_M1
-
-
 def both(ours, x_MK, w_GKN, sizes_G, dy_MN, align, out_dtype=jnp.bfloat16):
   """y, dx and dw of a backend."""
   y_MN, pull = jax.vjp(
@@ -68,11 +54,7 @@ def both(ours, x_MK, w_GKN, sizes_G, dy_MN, align, out_dtype=jnp.bfloat16):
 
 class MosaicTpuTest(parameterized.TestCase):
   def assert_close(self, got, want, tolerance):
-    got, want = np.float64(got), np.float64(want)
-    self.assertEqual(got.shape, want.shape)
-    self.assertTrue(np.isfinite(got).all())
-    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
-    self.assertLess(error, tolerance)
+    row_cases.assert_close(self, got, want, tolerance)
 
   @parameterized.named_parameters(
     # A group of one row, an empty one, one of two tiles, rows after the last.
@@ -83,7 +65,7 @@ class MosaicTpuTest(parameterized.TestCase):
     ('one_group', [64], 16, 64),
   )
   def test_product_and_derivative(self, sizes, align, rows):
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands(
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
       sizes, align, rows, 128, 256
     )
     args = x_MK, w_GKN, sizes_G, dy_MN
@@ -107,7 +89,9 @@ class MosaicTpuTest(parameterized.TestCase):
     self.assertFalse(np.float32(got[2])[np.asarray(sizes) == 0].any())
 
   def test_groups_may_start_anywhere(self):
-    x_MK, w_GKN, sizes_G, dy_MN, _ = operands([7, 0, 1], 1, 9, 128, 128)
+    x_MK, w_GKN, sizes_G, dy_MN, _ = row_cases.operands(
+      [7, 0, 1], 1, 9, 128, 128
+    )
     got = both(backend(), x_MK, w_GKN, sizes_G, dy_MN, 1)
     dy_MN, x_MK = (jnp.nan_to_num(z) for z in (dy_MN, x_MK))
     want = both(xla.BACKEND, x_MK, w_GKN, sizes_G, dy_MN, 1)
@@ -119,7 +103,9 @@ class MosaicTpuTest(parameterized.TestCase):
     # False: the other interpreter, which a forced backend on a CPU takes.
     on = chip(2) if simulated else chip(1, True)
     tiles = tiles_tpu.Tiles(rows=32, chunk=16, rest=16, stages=3, columns=128)
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = operands([5, 66], 16, 96, 256, 256)
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
+      [5, 66], 16, 96, 256, 256
+    )
     ours = backend(tiles, on)
     options = {'align': 16, 'out_dtype': jnp.float32}
     y_MN = ours.product(x_MK, w_GKN, sizes_G, transpose=False, **options)
@@ -140,7 +126,7 @@ class MosaicTpuTest(parameterized.TestCase):
       self.assert_close(found, spec, FP32_TOLERANCE)
 
   def test_no_races_and_bitwise_equal_runs(self):
-    args = operands([3, 0, 50, 1], 16, 112, 128, 128)[:-1]
+    args = row_cases.operands([3, 0, 50, 1], 16, 112, 128, 128)[:-1]
     runs = []
     for seed in (0, 1):
       params = pltpu.InterpretParams(
@@ -154,7 +140,9 @@ class MosaicTpuTest(parameterized.TestCase):
       np.testing.assert_array_equal(np.float32(first), np.float32(second))
 
   def test_forced_on_a_cpu_it_is_interpreted(self):
-    x_MK, w_GKN, sizes_G, _, inside_M1 = operands([7, 4], 16, 32, 128, 128)
+    x_MK, w_GKN, sizes_G, _, inside_M1 = row_cases.operands(
+      [7, 4], 16, 32, 128, 128
+    )
     y_MN = pallas_kernels.grouped_matmul(
       x_MK, w_GKN, sizes_G, align=16, impl='mosaic_tpu'
     )

@@ -5,7 +5,6 @@ the same tests run the compiled kernels, at the sizes of the model too:
 `python -m tests.pallas_kernels.route_mosaic_gpu_test`.
 """
 
-import contextlib
 import functools
 import itertools
 
@@ -13,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
 from pallas_kernels.permute import api, layout, mosaic_gpu, xla
 from pallas_kernels.route import mosaic_gpu as router
 from pallas_kernels.route import ref
+from tests.pallas_kernels import hopper_cases
 
 WEIGHT_TOLERANCE = 1e-6  # of float32 weights and their gradients
 ROW_TOLERANCE = {'bfloat16': 4e-3, 'float32': 1e-6}  # in norm: one rounding
-CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
 GPU = jax.default_backend() == 'gpu'
 # Tokens, experts, top_k, min_k: not multiples of anything; all, and 2 to 4.
 CHOICES = ((1, 5, 2, 2), (37, 130, 8, 8), (19, 24, 4, 2))
@@ -41,13 +39,6 @@ MOVES = layout.Moves(
   functools.partial(mosaic_gpu.combine, blocks=BLOCKS),
   mosaic_gpu.weight_gradient,
 )
-
-
-def compiled_here():
-  """Interprets the kernels where there is no GPU."""
-  if GPU:
-    return contextlib.nullcontext()
-  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
 
 
 def poison():
@@ -109,7 +100,7 @@ class RouteTest(parameterized.TestCase):
       return routing, pull((none, dweight_MX))
 
     poison()
-    with compiled_here():
+    with hopper_cases.compiled_here():
       (index_MX, weight_MX), (dscore_ME, dbias_E) = run(router.route)
     (want_MX, weights_MX), (dwant_ME, _) = run(ref.route)
     np.testing.assert_array_equal(index_MX, want_MX)
@@ -123,7 +114,7 @@ class RouteTest(parameterized.TestCase):
     """A bias may be anything, infinities and both zeros included."""
     bias_E = jnp.asarray([0.0, -0.0, -jnp.inf, 3e-42, -3.0, jnp.inf, -0.0, 1])
     score_ME = jnp.zeros((3, 8))
-    with compiled_here():
+    with hopper_cases.compiled_here():
       index_MX, _ = router.route(
         score_ME, bias_E, top_k=8, min_k=8, min_share=0.0
       )
@@ -136,7 +127,7 @@ class PlanTest(parameterized.TestCase):
   def test_equals_a_sort(self, shape, law):
     tokens, groups, choices, align, _ = shape
     index_MX = indices(tokens, groups, choices, law)
-    with compiled_here():
+    with hopper_cases.compiled_here():
       got = jax.jit(mosaic_gpu.plan, static_argnums=(1, 2))(
         index_MX, groups, align
       )
@@ -149,7 +140,7 @@ class PlanTest(parameterized.TestCase):
     before = mosaic_gpu.RANKERS
     self.addCleanup(setattr, mosaic_gpu, 'RANKERS', before)
     mosaic_gpu.RANKERS = 2
-    with compiled_here():
+    with hopper_cases.compiled_here():
       got = mosaic_gpu.plan(index_MX, 70, 8)
     jax.tree.map(np.testing.assert_array_equal, got, xla.plan(index_MX, 70, 8))
 
@@ -180,7 +171,7 @@ class MoveTest(parameterized.TestCase):
       return x_PD, y_MD, *pull_x(dx_PD), *pull_y(dy_MD)
 
     poison()
-    with compiled_here():
+    with hopper_cases.compiled_here():
       got = run(MOVES)
     with jax.default_matmul_precision('highest'):
       want = run(xla.MOVES)
@@ -228,14 +219,8 @@ class LowerTest(parameterized.TestCase):
       x_PD = mosaic_gpu.gather(x_MD, where, blocks=264)
       return mosaic_gpu.combine(x_PD, where.place_MX, weight_MX, blocks=264)
 
-    exported = jax.export.export(
-      jax.jit(layer),
-      platforms=['cuda'],
-      disabled_checks=[
-        jax.export.DisabledSafetyCheck.custom_call(name)
-        for name in CUSTOM_CALLS
-      ],
-    )(
+    exported = hopper_cases.export(
+      layer,
       jax.ShapeDtypeStruct((tokens, 3072), jnp.bfloat16),
       jax.ShapeDtypeStruct((tokens, groups), jnp.float32),
       jax.ShapeDtypeStruct((groups,), jnp.float32),
