@@ -101,24 +101,41 @@ def attention(
       f'a row of {length * parts} tokens is not a multiple of '
       f'{2 * parts} = 2 * mesh.context; change the length of rows'
     )
-  half, last = length // 2, 2 * parts - 1
+  half = length // 2
   keys = [whole(x) for x in (k_BTKH, v_BTKH, until_BT)]
-  # Of its two halves, h and last - h, a device gets the even and the odd one
-  # in one exchange each: all first halves of parts are even, all second odd.
-  device = jax.lax.axis_index(AXIS)
-  even = jnp.where(device % 2 == 0, device, last - device)
   outputs = []
-  for slot, index in enumerate((even, last - even)):
-    there = [(h // 2, min(h, last - h)) for h in range(slot, 2 * parts, 2)]
-    back = [(to, at) for at, to in there]
+  for slot in (0, 1):
+    there = travels(parts, slot)
     q_half = jax.lax.ppermute(
       q_BTNH[:, slot * half : (slot + 1) * half], AXIS, there
     )
     o_half = pallas_kernels.attention(
       q_half,
       *keys,
-      offset_B=jnp.full(len(q_half), index * half),
+      offset_B=jnp.full(len(q_half), _received(parts, slot) * half),
       scale=scale,
     )
+    back = [(worker, owner) for owner, worker in there]
     outputs.append(jax.lax.ppermute(o_half, AXIS, back))
   return jnp.concatenate(outputs, axis=1)
+
+
+def travels(parts: int, slot: int) -> list[tuple[int, int]]:
+  """Where the first (`slot` 0) or second half of each part is computed.
+
+  Device c takes halves c and 2 * parts - 1 - c of the row, one of which is even
+  and so a first half: each slot is one exchange in which all take part.
+
+  Returns:
+    Pairs of the device that owns the half, and the one that computes it.
+  """
+  last = 2 * parts - 1
+  halves = range(slot, 2 * parts, 2)
+  return [(half // 2, min(half, last - half)) for half in halves]
+
+
+def _received(parts: int, slot: int) -> jax.Array:
+  """Index in the row of the half that this device gets in `travels`."""
+  device = jax.lax.axis_index(AXIS)
+  other = 2 * parts - 1 - device
+  return jnp.where(device % 2 == slot, device, other)

@@ -16,8 +16,8 @@ import optax
 from m2 import config as settings
 from m2.checkpoint import store
 from m2.data import pipeline, sources
+from m2.parallel import context, sharding
 from m2.parallel import mesh as meshes
-from m2.parallel import sharding
 from m2.train import journal, optim, resume
 from m2.train import state as train_state
 from m2.train import step as train
@@ -84,6 +84,12 @@ def _check(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> None:
   if data.length > reach:
     raise ValueError(
       f'data.length={data.length} exceeds model.max_positions={reach}'
+    )
+  ways = mesh.shape[context.AXIS]
+  if ways > 1 and data.length % (2 * ways):
+    raise ValueError(
+      f'data.length={data.length} is not a multiple of {2 * ways} = '
+      '2 * mesh.context'
     )
   axes, parts = sharding.RULES['batch'], config.optim.accumulate
   shards = math.prod(mesh.shape[axis] for axis in axes)

@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels.attention import ref, xla
+from pallas_kernels.attention import blocks, ref, xla
 
 TOLERANCE = 2e-6
 
@@ -61,15 +61,51 @@ class AttentionTest(parameterized.TestCase):
       )
       np.testing.assert_allclose(got[alone], want, atol=TOLERANCE)
 
-  def test_long_rows_take_the_loop(self):
-    q, k, v, until = case(0, 1, 150, 150, 2, 1)
-    want = pallas_kernels.attention(q, k, v, until, scale=0.3)
+  @parameterized.parameters((150, 150, None), (40, 200, (0, 117)))
+  def test_long_rows_go_block_by_block(self, queries, keys, offset):
+    rows = len(offset or (0,))
+    q, k, v, until = case(0, rows, queries, keys, 4, 2)
+    until = until.at[:, 70:90].set(until[:, 70:90].min(1, keepdims=True))
+    offset = offset and jnp.asarray(offset)
+    start = jnp.zeros(rows, jnp.int32) if offset is None else offset
+    query = start[:, None] + jnp.arange(queries)[None]
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), q.dtype)
+
+    def ours(q, k, v):
+      return pallas_kernels.attention(
+        q, k, v, until, offset_B=offset, scale=0.3
+      )
+
+    def spec(q, k, v):
+      return ref.attention(q, k, v, until, query, scale=0.3)
+
     with (
-      mock.patch.object(xla, 'UNROLLED', 64),
-      mock.patch.object(xla, 'LARGE_BLOCK', 64),
+      mock.patch.object(xla, 'UNROLLED', 32),
+      mock.patch.object(blocks, 'BLOCK', 32),
     ):
-      got = pallas_kernels.attention(q, k, v, until, scale=0.3)
+      got, pull = jax.vjp(ours, q, k, v)
+      got_d = pull(dy)
+    want, want_pull = jax.vjp(spec, q, k, v)
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
+    for ours_d, spec_d in zip(got_d, want_pull(dy)):
+      np.testing.assert_allclose(ours_d, spec_d, atol=10 * TOLERANCE)
+
+  def test_blocks_that_no_query_sees_are_not_visited(self):
+    # A trunk of 8 and branches of 8 and 16; then 8 of padding: blocks of 4.
+    until = np.repeat([32, 16, 32, 0], [8, 8, 16, 8])
+    query = np.arange(40)
+    with mock.patch.object(blocks, 'BLOCK', 4):
+      order, count = blocks._visits(
+        jnp.asarray(until).reshape(10, 1, 4),
+        jnp.asarray(query).reshape(10, 1, 4),
+      )
+    visited = [sorted(row[:n].tolist()) for row, n in zip(order, count)]
+    self.assertEqual(
+      visited,
+      [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+      + [[0, 1, *range(4, last + 1)] for last in range(4, 8)]
+      + [[], []],
+    )
 
   def test_a_query_that_sees_nothing_is_zero_and_finite(self):
     q, k, v, until = case(0, 1, 12, 12, 2, 1)
