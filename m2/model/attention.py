@@ -159,8 +159,9 @@ def _local_attention(q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B, scale):
     operands = (q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B)
 
     def function(q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B):
+      query_BT = offset_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
       return pallas_kernels.attention(
-        q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B=offset_B, scale=scale
+        q_BTNH, k_BSKH, v_BSKH, until_BS, query_BT=query_BT, scale=scale
       )
 
   run = sharding.manual(
@@ -172,8 +173,8 @@ def _local_attention(q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B, scale):
 def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
   """Largest score and mean entropy of each head, over visible keys.
 
-  For introspection of a few rows, `SCORES` scores of each and of each head at a
-  time.
+  Holds `SCORES` scores of each row and head at a time: for introspection of a
+  few rows.
   """
   if offset_B is None:
     specs = (HEADS, KV_HEADS, ('batch', 'sequence'))

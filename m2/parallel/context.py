@@ -27,6 +27,19 @@ def ways() -> int:
   return sharding.axis_sizes().get(AXIS, 1)
 
 
+def check(length: int, parts: int) -> None:
+  """Refuses rows that cannot be cut into parts, and these in halves.
+
+  Raises:
+    ValueError: names the length and what it must be a multiple of.
+  """
+  if parts > 1 and length % (2 * parts):
+    raise ValueError(
+      f'a row of {length} tokens (data.length) is not a multiple of '
+      f'{2 * parts} = 2 * mesh.context'
+    )
+
+
 def first(length: int) -> jax.Array | int:
   """Index in the row of the first of this device's `length` tokens."""
   return jax.lax.axis_index(AXIS) * length if ways() > 1 else 0
@@ -88,7 +101,7 @@ def attention(
     This part of the output.
 
   Raises:
-    ValueError: the part has an odd number of tokens.
+    ValueError: parts have an odd number of tokens.
   """
   parts = ways()
   if parts == 1:
@@ -96,28 +109,29 @@ def attention(
       q_BTNH, k_BTKH, v_BTKH, until_BT, scale=scale
     )
   length = q_BTNH.shape[1]
-  if length % 2:
-    raise ValueError(
-      f'a row of {length * parts} tokens is not a multiple of '
-      f'{2 * parts} = 2 * mesh.context; change the length of rows'
-    )
+  check(length * parts, parts)
   half = length // 2
-  keys = [whole(x) for x in (k_BTKH, v_BTKH, until_BT)]
-  outputs = []
-  for slot in (0, 1):
-    there = travels(parts, slot)
-    q_half = jax.lax.ppermute(
-      q_BTNH[:, slot * half : (slot + 1) * half], AXIS, there
-    )
-    o_half = pallas_kernels.attention(
-      q_half,
-      *keys,
-      offset_B=jnp.full(len(q_half), _received(parts, slot) * half),
-      scale=scale,
-    )
-    back = [(worker, owner) for owner, worker in there]
-    outputs.append(jax.lax.ppermute(o_half, AXIS, back))
-  return jnp.concatenate(outputs, axis=1)
+  there = [travels(parts, slot) for slot in (0, 1)]
+  back = [[(worker, owner) for owner, worker in pairs] for pairs in there]
+  index_T = jnp.concatenate(
+    [_received(parts, slot) * half + jnp.arange(half) for slot in (0, 1)]
+  )
+  o_BTNH = pallas_kernels.attention(
+    _exchange(q_BTNH, there),
+    *(whole(x) for x in (k_BTKH, v_BTKH, until_BT)),
+    query_BT=jnp.broadcast_to(index_T[None], q_BTNH.shape[:2]),
+    scale=scale,
+  )
+  return _exchange(o_BTNH, back)
+
+
+def _exchange(x_BTNH: jax.Array, routes: list) -> jax.Array:
+  """Sends both halves of each part on their routes."""
+  halves = jnp.split(x_BTNH, 2, axis=1)
+  return jnp.concatenate(
+    [jax.lax.ppermute(x, AXIS, pairs) for x, pairs in zip(halves, routes)],
+    axis=1,
+  )
 
 
 def travels(parts: int, slot: int) -> list[tuple[int, int]]:

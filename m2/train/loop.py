@@ -85,12 +85,7 @@ def _check(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
       f'data.length={data.length} exceeds model.max_positions={reach}'
     )
-  ways = mesh.shape[context.AXIS]
-  if ways > 1 and data.length % (2 * ways):
-    raise ValueError(
-      f'data.length={data.length} is not a multiple of {2 * ways} = '
-      '2 * mesh.context'
-    )
+  context.check(data.length, mesh.shape[context.AXIS])
   axes, parts = sharding.RULES['batch'], config.optim.accumulate
   shards = math.prod(mesh.shape[axis] for axis in axes)
   if data.batch % (shards * parts):
