@@ -57,11 +57,11 @@ def attention(
 
 def _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal):
   queries = q_BKGTH.shape[3]
-  blocks = []
+  outputs = []
   for start in range(0, queries, SMALL_BLOCK):
     stop = min(start + SMALL_BLOCK, queries)
     keys = stop if causal else k_BKHS.shape[3]
-    blocks.append(
+    outputs.append(
       _block(
         q_BKGTH[:, :, :, start:stop],
         k_BKHS[..., :keys],
@@ -70,7 +70,7 @@ def _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal):
         query_BT[:, start:stop],
       )
     )
-  return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
+  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
 
 
 def _block(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT):

@@ -1,5 +1,7 @@
 """Attention under the interval mask against the specification."""
 
+import functools
+import re
 from unittest import mock
 
 import jax
@@ -106,6 +108,28 @@ class AttentionTest(parameterized.TestCase):
       + [[0, 1, *range(4, last + 1)] for last in range(4, 8)]
       + [[], []],
     )
+
+  def test_who_keeps_the_output_runs_the_forward_loop_once(self):
+    q, k, v, until = case(0, 1, 16, 16, 2, 1)
+
+    def loops(*kept):
+      policy = jax.checkpoint_policies.save_only_these_names(*kept)
+
+      @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+      def layer(x, _):
+        return x + pallas_kernels.attention(x, k, v, until, scale=0.3), None
+
+      def total(x):
+        return jax.lax.scan(layer, x, None, length=2)[0].sum()
+
+      text = jax.jit(jax.grad(total)).lower(q).compile().as_text()
+      return len(re.findall(r' while\(', text))
+
+    with (
+      mock.patch.object(xla, 'UNROLLED', 0),
+      mock.patch.object(blocks, 'BLOCK', 8),
+    ):
+      self.assertLess(loops(xla.NAME), loops('nothing'))
 
   def test_a_query_that_sees_nothing_is_zero_and_finite(self):
     q, k, v, until = case(0, 1, 12, 12, 2, 1)
