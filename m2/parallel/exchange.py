@@ -33,6 +33,8 @@ from m2.parallel import cost, sharding
 from pallas_kernels import dispatch
 
 AXIS = 'expert'
+# Slices and rounds of one shape share one program of the layer.
+layer = jax.jit(pallas_kernels.experts, static_argnames=('rows', 'impl'))
 
 
 class Routes(NamedTuple):
@@ -223,7 +225,7 @@ def _round(
     known_PZ = there(pallas_kernels.gather(known_MZ, plan, impl='xla'))
   weight_PX, index_PX = jnp.split(known_PZ, 2, axis=1)
   first = jax.lax.axis_index(AXIS) * weights[0].shape[0]
-  y_PD = pallas_kernels.experts(
+  y_PD = layer(
     x_PD,
     index_PX.astype(jnp.int32) - 1 - first,
     weight_PX,

@@ -159,7 +159,7 @@ def _gather(
       jax.lax.all_gather(z, 'expert', axis=0, tiled=True) for z in part
     )
     # Experts of other devices are outside [0, E): they contribute nothing.
-    y_MD = pallas_kernels.experts(
+    y_MD = exchange.layer(
       x_MD, index_MX - first, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl=impl
     )
     # reduce-scatter over 'expert': (n - 1) * M * D * itemsize in.
