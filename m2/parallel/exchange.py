@@ -309,18 +309,21 @@ def _sum_rounds(
     routes: what has no gradient.
     operands: what has one.
   """
-  y_MD, _ = _sum_rounds_forward(first, again, rounds, routes, operands)
-  return y_MD
+  y_MD = first(routes, *operands)
+  return _add_rounds(again, rounds, routes, operands, y_MD)
 
 
-def _sum_rounds_forward(first, again, rounds, routes, operands):
-  y_MD, pull = jax.vjp(functools.partial(first, routes), *operands)
-
+def _add_rounds(again, rounds, routes, operands, y_MD):
   def more(carry):
     step, y_MD = carry
     return step + 1, y_MD + again(step, routes, *operands)
 
-  _, y_MD = jax.lax.while_loop(lambda carry: carry[0] < rounds, more, (0, y_MD))
+  return jax.lax.while_loop(lambda carry: carry[0] < rounds, more, (0, y_MD))[1]
+
+
+def _sum_rounds_forward(first, again, rounds, routes, operands):
+  y_MD, pull = jax.vjp(functools.partial(first, routes), *operands)
+  y_MD = _add_rounds(again, rounds, routes, operands, y_MD)
   return y_MD, (pull, rounds, routes, operands)
 
 
