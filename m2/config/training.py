@@ -27,6 +27,8 @@ class ModelConfig(base.Settings):
   dtype: str = 'bfloat16'  # activations and matmuls
   param_dtype: str = 'float32'  # stored weights
   remat: str = 'block'  # none | block | full: see m2/model/transformer.py
+  expert_strategy: str = 'auto'  # gather | ragged | exchange | auto
+  expert_chunks: int = 0  # slices of tokens whose exchange overlaps; 0 = auto
 
   def _check(self) -> None:
     base.positive(self, 'vocab d_model layers heads kv_heads head_dim experts')
@@ -63,6 +65,12 @@ class ModelConfig(base.Settings):
     base.choice(self, 'model', 'dtype', ('float32', 'bfloat16'))
     base.choice(self, 'model', 'param_dtype', ('float32', 'bfloat16'))
     base.choice(self, 'model', 'remat', ('none', 'block', 'full'))
+    strategies = 'auto', 'gather', 'ragged', 'exchange'
+    base.choice(self, 'model', 'expert_strategy', strategies)
+    base.require(
+      self.expert_chunks >= 0,
+      f'model.expert_chunks={self.expert_chunks} must not be negative',
+    )
     base.require(
       self.mtp_modules >= 0, 'model.mtp_modules must not be negative'
     )
@@ -76,13 +84,21 @@ class MeshConfig(base.Settings):
   fsdp: int = 1
   expert: int = 1
   tensor: int = 1
+  context: int = 1  # ways that each row of tokens is cut along its length
+  slices: int = 1  # TPU slices that the data axis spans
 
   def _check(self) -> None:
-    sizes = (self.data, self.fsdp, self.expert, self.tensor)
+    sizes = (self.data, self.fsdp, self.expert, self.context, self.tensor)
     base.require(
       all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
-      f'mesh axes (data, fsdp, expert, tensor)={sizes}: each must be positive, '
-      'at most one may be -1',
+      f'mesh axes (data, fsdp, expert, context, tensor)={sizes}: each must be '
+      'positive, at most one may be -1',
+    )
+    base.positive(self, 'slices')
+    base.require(
+      self.data == -1 or self.data % self.slices == 0,
+      f'mesh.data={self.data} is not a multiple of mesh.slices={self.slices}: '
+      'each slice holds the same number of blocks of the data axis',
     )
 
 

@@ -43,7 +43,7 @@ def expert_parallel(
   """Sum over each token's experts of weight * SwiGLU expert.
 
   Args:
-    x_BTD: tokens, rows split over the batch axes.
+    x_BTD: tokens, split over the batch axes and `context`.
     routing: chosen experts and weights of each token, both [B, T, X].
     wi_0_EDF: gate projections (w1 of the public checkpoint).
     wi_1_EDF: up projections (w3).
@@ -64,7 +64,7 @@ def expert_parallel(
   if strategy != 'auto' and strategy not in cost.STRATEGIES:
     known = ', '.join(('auto', *cost.STRATEGIES))
     raise ValueError(f'{strategy=}: choose one of {known}')
-  rows = sharding.spec('batch', None, None)
+  rows = sharding.spec('batch', 'sequence', None)
 
   def local(x_BTD, index_BTX, weight_BTX, *weights):
     x_MD, index_MX, weight_MX = (
@@ -118,8 +118,8 @@ def _local(
 
 def _choose(strategy: str, chunks: int, layer: cost.Layer) -> tuple[str, int]:
   """What is asked for, checked, and what is left open by the cost model."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if strategy == 'ragged' and device.platform == 'cpu':
+  platform, kind = _device()
+  if strategy == 'ragged' and platform == 'cpu':
     raise NotImplementedError(
       "strategy='ragged' needs ragged_all_to_all, which XLA does not have on "
       "CPUs; use 'exchange', which sends the same rows, or 'auto'"
@@ -131,12 +131,18 @@ def _choose(strategy: str, chunks: int, layer: cost.Layer) -> tuple[str, int]:
     )
   choice = cost.choose(
     layer,
-    device.device_kind,
+    kind,
     strategies=cost.STRATEGIES if strategy == 'auto' else (strategy,),
     chunks=(chunks,) if chunks else cost.CHUNKS,
   )
-  _announce(layer, device.device_kind, choice)
+  _announce(layer, kind, choice)
   return choice.strategy, choice.chunks
+
+
+def _device() -> tuple[str, str]:
+  """Platform and kind of the mesh's devices, which need not be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  return device.platform, device.device_kind
 
 
 @functools.cache
