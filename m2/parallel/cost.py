@@ -20,8 +20,8 @@ is not counted: it runs zero times when routing is near uniform.
 
 Seconds are a model for choosing, not a measurement: rates from `CHIPS`, the
 products at RATE of the peak or at the pace at which the matrices are read,
-whichever is slower, and communication that overlaps all but its first and last
-part.
+whichever is slower, a pass over the room that rows leave empty, and
+communication of which all but the first and last part is hidden.
 """
 
 import dataclasses
@@ -251,6 +251,10 @@ def seconds(
     work = 2 * chosen * matrices * (2 if backward else 1) / (chip.flops * RATE)
     touched = stored * (3 * chunks - 1 if backward else chunks)
     work = max(work, touched / chip.bandwidth)
+    # Room that no row takes is cleared and passed over.
+    spare = chunks * rows(strategy, layer, chunks) - chosen
+    spare *= layer.itemsize * (layer.width + 3 * layer.hidden)
+    work += spare * (2 if backward else 1) / chip.bandwidth
     hidden = min(work, talk) * (chunks - 1) / chunks
     total += work + talk - hidden
     talked += talk
@@ -273,7 +277,7 @@ def choose(
     chunks: numbers of slices to choose from; those that do not divide the
       tokens are passed over.
   """
-  chip = next((CHIPS[name] for name in _names(kind)), None)
+  chip = chip_of(kind)
   fitting = [c for c in chunks if layer.tokens % c == 0]
   if chip is None:
     reason = f'no link speeds are known of {kind!r}'
@@ -302,7 +306,7 @@ def choose(
   return Choice(strategy, count, reason)
 
 
-def _names(kind: str) -> list[str]:
-  """Names in CHIPS of a device kind, the longest first."""
-  found = [name for name in CHIPS if kind.startswith(name)]
-  return sorted(found, key=len, reverse=True)
+def chip_of(kind: str) -> Chip | None:
+  """The device of this kind, such as 'TPU v5'; None if it is not known."""
+  names = [name for name in CHIPS if kind.startswith(name)]
+  return CHIPS[max(names, key=len)] if names else None

@@ -19,7 +19,6 @@ devices, at most min(n - 1, X) * M, the former with some room to spare.
 """
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -147,11 +146,13 @@ def _device() -> tuple[str, str]:
 
 @functools.cache
 def _announce(layer: cost.Layer, kind: str, choice: cost.Choice) -> None:
-  """Says once a process what was chosen and why."""
-  logging.getLogger('m2.parallel').info(
-    'experts over %d x %s: %s in %d chunks (%s)',
-    layer.devices, kind, choice.strategy, choice.chunks, choice.reason,
-  )  # fmt: skip
+  """Says once for each shape of layer what was chosen and why."""
+  if jax.process_index() == 0:
+    print(
+      f'experts over {layer.devices} x {kind}, {layer.tokens} tokens each: '
+      f'{choice.strategy}, chunks {choice.chunks} ({choice.reason})',
+      flush=True,
+    )
 
 
 def _gather(

@@ -98,7 +98,7 @@ def shapes(program: Program) -> list[jax.ShapeDtypeStruct]:
     rows, wide, tall = (
       jax.NamedSharding(mesh, sharding.spec(*axes))
       for axes in (
-        ('batch', None, None),
+        ('batch', 'sequence', None),
         ('expert', None, 'ffn'),
         ('expert', 'ffn', None),
       )
