@@ -234,10 +234,26 @@ def _round(
     impl=impl,
   )
   with jax.named_scope('return'):
-    ones_MJ = jnp.ones(plan.place_MX.shape, jnp.float32)
-    return pallas_kernels.combine(
-      back(y_PD), plan, sharding.varying(ones_MJ), impl=impl
-    )
+    return _collect(impl, back(y_PD), plan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(impl, y_PD, plan):
+  """Sums each token's rows: the transpose of `gather`, which keeps no rows."""
+  ones_MJ = sharding.varying(jnp.ones(plan.place_MX.shape, jnp.float32))
+  return pallas_kernels.combine(y_PD, plan, ones_MJ, impl=impl)
+
+
+def _collect_forward(impl, y_PD, plan):
+  return _collect(impl, y_PD, plan), plan
+
+
+def _collect_backward(impl, plan, dy_MD):
+  del impl
+  return pallas_kernels.gather(dy_MD, plan, impl='xla'), None
+
+
+_collect.defvjp(_collect_forward, _collect_backward)
 
 
 def _whole(sizes_N: jax.Array):

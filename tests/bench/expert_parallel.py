@@ -22,21 +22,17 @@ hidden is (P + C - L) / C: negative where the layer takes more than both.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
 import json
-import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 # JAX would otherwise keep three quarters of the memory from the peer.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -45,185 +41,22 @@ import jax  # noqa: E402  (reads the environment above when imported)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-import pallas_kernels  # noqa: E402
-from m2 import config  # noqa: E402
-from m2.parallel import cost, exchange, experts, sharding  # noqa: E402
-from m2.parallel import mesh as meshes  # noqa: E402
-from tests.bench import record, timing  # noqa: E402
+from m2.parallel import cost  # noqa: E402
+from tests.bench import expert_programs, record, timing  # noqa: E402
 
-DEVICES = 2
 TOLERANCE = 2e-2  # of bfloat16 results against each other, in norm
 COMPARED = 8  # experts whose gradients are
 DIRECTIONS = ('forward', 'both')
-CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu', 'ragged_all_to_all')
-# Without it communication waits its turn on GPUs.
-OVERLAP = {'xla_gpu_enable_latency_hiding_scheduler': True}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """One layer: sizes, and the kernel backend that runs it."""
-
-  tokens: int
-  width: int
-  hidden: int
-  experts: int
-  top_k: int
-  impl: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """What is compiled: a contender, or the communication of a strategy."""
-
-  name: str
-  direction: str
-  shape: Shape
-
-
-def spread() -> jax.sharding.Mesh:
-  cfg = config.MeshConfig(data=1, expert=DEVICES)
-  return meshes.make_mesh(cfg, jax.devices()[:DEVICES])
-
-
-def shapes(program: Program) -> list[jax.ShapeDtypeStruct]:
-  """Tokens, choices, weights, matrices and, for both, the sum's gradient."""
-  s = program.shape
-  held, lead = s.experts, (s.tokens,)
-  rows = wide = tall = None
-  if program.name == 'products':
-    held, lead = s.experts // DEVICES, (DEVICES * s.tokens,)
-  elif program.name != 'single':
-    lead, mesh = (DEVICES, s.tokens), spread()
-    rows, wide, tall = (
-      jax.NamedSharding(mesh, sharding.spec(*axes))
-      for axes in (
-        ('batch', 'sequence', None),
-        ('expert', None, 'ffn'),
-        ('expert', 'ffn', None),
-      )
-    )
-  bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-  x = bf16((*lead, s.width), sharding=rows)
-  found = [
-    x,
-    jax.ShapeDtypeStruct((*lead, s.top_k), jnp.int32, sharding=rows),
-    jax.ShapeDtypeStruct((*lead, s.top_k), jnp.float32, sharding=rows),
-    bf16((held, s.width, s.hidden), sharding=wide),
-    bf16((held, s.width, s.hidden), sharding=wide),
-    bf16((held, s.hidden, s.width), sharding=tall),
-  ]
-  return found + [x] * (program.direction == 'both')
-
-
-def function(program: Program) -> Callable:
-  """The contender in jax."""
-  impl = program.shape.impl
-  kind, _, name = program.name.rpartition(' ')
-  strategy, _, chunks = name.partition(':')
-
-  def layer(x, index, weight, *matrices):
-    if strategy == 'single':
-      return pallas_kernels.experts(x, index, weight, *matrices, impl=impl)
-    if strategy == 'products':
-      s = program.shape
-      held = s.experts // DEVICES
-      choices = cost.room(s.tokens, s.top_k, held, DEVICES).choices
-      return pallas_kernels.experts(
-        x, index, weight, *matrices, rows=DEVICES * choices, impl=impl
-      )
-    return experts.expert_parallel(
-      x,
-      (index, weight),
-      *matrices,
-      strategy=strategy,
-      chunks=int(chunks),
-      impl=impl,
-    )
-
-  def run(*operands):
-    part = exchange.layer if kind != 'communication' else without_products
-    with mock.patch.object(exchange, 'layer', part):
-      if program.direction == 'forward':
-        return layer(*operands)
-      x, index, weight, *matrices, dy = operands
-      y, pull = jax.vjp(
-        lambda x, weight, *ws: layer(x, index, weight, *ws),
-        x,
-        weight,
-        *matrices,
-      )
-      return y, *pull(dy)
-
-  return run
-
-
-def without_products(x_PD, index_PX, weight_PX, *matrices, rows=None, impl):
-  """Stands for the experts: rows as they came, times their weights."""
-  del index_PX, matrices, rows, impl
-  return (x_PD * weight_PX.sum(1, keepdims=True)).astype(x_PD.dtype)
-
-
-def lowered(program: Program) -> bytes:
-  """A contender as a module, made in a process of its own."""
-  with jax.set_mesh(spread()) if ':' in program.name else mock.MagicMock():
-    exported = jax.export.export(
-      jax.jit(function(program)),
-      disabled_checks=[
-        jax.export.DisabledSafetyCheck.custom_call(x) for x in CUSTOM_CALLS
-      ],
-    )(*shapes(program))
-  return bytes(exported.serialize())
-
-
-def compiled(program: Program, module: bytes) -> Callable:
-  """A module compiled for the devices here."""
-  start = time.perf_counter()
-  call = jax.jit(jax.export.deserialize(bytearray(module)).call)
-  on_gpu = jax.default_backend() == 'gpu'
-  with jax.set_mesh(spread()) if ':' in program.name else mock.MagicMock():
-    found = call.lower(*shapes(program)).compile(
-      compiler_options=OVERLAP if on_gpu else None
-    )
-  took = time.perf_counter() - start
-  print(f'  {program.name} {program.direction}: {took:.0f} s', flush=True)
-  return found
-
-
-def compile_all(
-  programs: Sequence[Program], workers: int
-) -> dict[Program, Callable]:
-  """All programs: lowered by processes, since that is Python, then compiled.
-
-  Args:
-    programs: what to compile.
-    workers: processes, and threads.
-  """
-  start = time.perf_counter()
-  context = multiprocessing.get_context('spawn')
-  with (
-    concurrent.futures.ProcessPoolExecutor(workers, context) as processes,
-    concurrent.futures.ThreadPoolExecutor(workers) as threads,
-  ):
-    modules = {processes.submit(lowered, x): x for x in programs}
-    futures = {}
-    for done in concurrent.futures.as_completed(modules):
-      program = modules[done]
-      futures[program] = threads.submit(compiled, program, done.result())
-    found = {program: future.result() for program, future in futures.items()}
-  took = time.perf_counter() - start
-  print(f'{len(found)} programs in {took:.0f} s', flush=True)
-  return found
 
 
 class Operands:
   """The arrays of one shape, where each contender wants them."""
 
-  def __init__(self, shape: Shape):
+  def __init__(self, shape: expert_programs.Shape):
     """Draws both devices' tokens, and all matrices on the first device."""
     self.shape = s = shape
     keys = jax.random.split(jax.random.key(s.tokens), 7)
-    total = DEVICES * s.tokens
+    total = expert_programs.DEVICES * s.tokens
     score = jax.random.uniform(keys[0], (total, s.experts))
     _, index = jax.lax.top_k(score, s.top_k)
     weight = jax.random.uniform(keys[1], index.shape, minval=0.1)
@@ -243,15 +76,17 @@ class Operands:
       normal(keys[5], *wide, scale=0.02),
       normal(keys[6], *tall, scale=0.02),
     ]
-    held = s.experts // DEVICES
-    placed = shapes(Program('gather:1', 'both', shape))
+    held = s.experts // expert_programs.DEVICES
+    placed = expert_programs.shapes(
+      expert_programs.Program('gather:1', 'both', shape)
+    )
     self.split = [
       jax.device_put(z.reshape(want.shape), want.sharding)
       for z, want in zip([*self.tokens, *self.matrices, self.dy], placed)
     ]
     self.half = [z[:held] for z in self.matrices]
 
-  def of(self, program: Program) -> list[jax.Array]:
+  def of(self, program: expert_programs.Program) -> list[jax.Array]:
     """The operands of one program."""
     end = None if program.direction == 'both' else -1
     if program.name == 'single':
@@ -268,16 +103,20 @@ class Operands:
 
   def useful_bytes(self, direction: str) -> float:
     """Bytes of rows that a device must receive, the mean of the devices."""
-    index = np.asarray(self.tokens[1]).reshape(DEVICES, self.shape.tokens, -1)
-    device = index // (self.shape.experts // DEVICES)
+    index = np.asarray(self.tokens[1]).reshape(
+      expert_programs.DEVICES, self.shape.tokens, -1
+    )
+    device = index // (self.shape.experts // expert_programs.DEVICES)
     copies = sum(
       (device[own] == other).any(1).sum()
-      for own in range(DEVICES)
-      for other in range(DEVICES)
+      for own in range(expert_programs.DEVICES)
+      for other in range(expert_programs.DEVICES)
       if own != other
     )
     times = 2 if direction == 'forward' else 4
-    return float(times * copies / DEVICES * 2 * self.shape.width)
+    return float(
+      times * copies / expert_programs.DEVICES * 2 * self.shape.width
+    )
 
 
 def compare(got, wants) -> float:
@@ -301,15 +140,20 @@ def compare(got, wants) -> float:
 
 
 def measure(
-  shape: Shape, names: Sequence[str], programs: Mapping[Program, Callable]
+  shape: expert_programs.Shape,
+  names: Sequence[str],
+  programs: Mapping[expert_programs.Program, Callable],
 ) -> list[dict[str, Any]]:
   """Rows of one shape, forward and both."""
   operands = Operands(shape)
-  single = programs[Program('single', 'both', shape)]
-  wants = [single(*operands.single(device)) for device in range(DEVICES)]
+  single = programs[expert_programs.Program('single', 'both', shape)]
+  wants = [
+    single(*operands.single(device))
+    for device in range(expert_programs.DEVICES)
+  ]
   errors = {}
   for name in names:
-    program = Program(name, 'both', shape)
+    program = expert_programs.Program(name, 'both', shape)
     errors[name] = compare(programs[program](*operands.of(program)), wants)
     if not errors[name] < TOLERANCE:
       raise RuntimeError(f'{name} differs from one device: {errors[name]:.2e}')
@@ -334,7 +178,7 @@ def row(shape, direction, names, seconds, useful, errors) -> dict[str, Any]:
   alone = {x: median[f'communication {x}:1'] for x in strategies}
   layer = cost.Layer(
     shape.tokens, shape.top_k, shape.width, shape.hidden,
-    shape.experts // DEVICES, DEVICES, 2,
+    shape.experts // expert_programs.DEVICES, expert_programs.DEVICES, 2,
   )  # fmt: skip
   choice = cost.choose(layer, jax.devices()[0].device_kind)
   hidden = {
@@ -356,7 +200,7 @@ def row(shape, direction, names, seconds, useful, errors) -> dict[str, Any]:
   return {
     'direction': direction,
     **dataclasses.asdict(shape),
-    'devices': DEVICES,
+    'devices': expert_programs.DEVICES,
     'seconds': seconds,
     'of_single': {name: median['single'] / median[name] for name in names},
     'useful_bytes': useful,
@@ -437,9 +281,14 @@ def main() -> None:
     *flags.contenders,
   ]
   sizes = flags.width, flags.hidden, flags.experts, flags.top_k, flags.impl
-  every = [Shape(tokens, *sizes) for tokens in flags.tokens]
-  programs = compile_all(
-    [Program(x, way, s) for s in every for way in DIRECTIONS for x in names],
+  every = [expert_programs.Shape(tokens, *sizes) for tokens in flags.tokens]
+  programs = expert_programs.compile_all(
+    [
+      expert_programs.Program(x, way, s)
+      for s in every
+      for way in DIRECTIONS
+      for x in names
+    ],
     flags.workers,
   )
   rows = [{'direction': 'peer', 'torch': found['torch']}] if found else []
