@@ -27,6 +27,8 @@ class ModelConfig(base.Settings):
   dtype: str = 'bfloat16'  # activations and matmuls
   param_dtype: str = 'float32'  # stored weights
   remat: str = 'block'  # none | block | full: see m2/model/transformer.py
+  expert_strategy: str = 'auto'  # gather | ragged | exchange | auto
+  expert_chunks: int = 0  # slices of tokens whose exchange overlaps; 0 = auto
 
   def _check(self) -> None:
     base.positive(self, 'vocab d_model layers heads kv_heads head_dim experts')
@@ -63,6 +65,12 @@ class ModelConfig(base.Settings):
     base.choice(self, 'model', 'dtype', ('float32', 'bfloat16'))
     base.choice(self, 'model', 'param_dtype', ('float32', 'bfloat16'))
     base.choice(self, 'model', 'remat', ('none', 'block', 'full'))
+    strategies = 'auto', 'gather', 'ragged', 'exchange'
+    base.choice(self, 'model', 'expert_strategy', strategies)
+    base.require(
+      self.expert_chunks >= 0,
+      f'model.expert_chunks={self.expert_chunks} must not be negative',
+    )
     base.require(
       self.mtp_modules >= 0, 'model.mtp_modules must not be negative'
     )

@@ -128,6 +128,8 @@ def mix(
     x_BTD,
     (index_BTX, weight_BTX),
     *(weights[name].astype(x_BTD.dtype) for name in ('wi_0', 'wi_1', 'wo')),
+    strategy=cfg.expert_strategy,
+    chunks=cfg.expert_chunks,
   )
   out = {'experts_BTX': index_BTX}
   out |= _load(cfg, score_BTE, index_BTX, count_BT)

@@ -229,6 +229,49 @@ def decode_experts(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def expert_parallel(results: Sequence[dict[str, Any]]) -> str:
+  """The expert layer over two GPUs: our fastest way, and the peer."""
+
+  def milliseconds(row: dict[str, Any], name: str) -> str:
+    found = row['seconds'].get(name)
+    return f'{1e3 * found["median"]:.2f}' if found else ''
+
+  def cells(row: dict[str, Any]) -> list[str]:
+    best = max(row['hidden'], key=row['of_single'].__getitem__)
+    strategy, _, chunks = best.partition(':')
+    rate = row['useful_bytes_per_second'][strategy]
+    torch = row['of_single'].get('torch')
+    return [
+      {'forward': 'forward', 'both': 'with gradients'}[row['direction']],
+      f'{row["tokens"]:,}',
+      milliseconds(row, 'single'),
+      f'`{strategy}`, {chunks}',
+      milliseconds(row, best),
+      f'{100 * row["of_single"][best]:.0f}%',
+      f'{100 * row["hidden"][best]:.0f}%',
+      f'{rate / 1e9:,.0f}',
+      milliseconds(row, 'torch'),
+      f'{100 * torch:.0f}%' if torch else '',
+    ]
+
+  rows = [
+    [
+      *cells(row),
+      f'{result["device"]} x {row["devices"]}',
+      f'`{result["commit"][:9]}`',
+    ]
+    for result in results
+    for row in result['rows']
+    if 'of_single' in row
+  ]
+  head = (
+    'layer', 'tokens a GPU', 'one GPU, ms', 'strategy, chunks', 'ms',
+    'of one GPU', 'hidden', 'useful GB/s', 'torch, ms', 'torch of one GPU',
+    'device', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
 def tpu_kernels(results: Sequence[dict[str, Any]]) -> str:
   """What the compiler says of the largest kernels, at one shape."""
   names = 'up', 'down_backward', 'weight_gradient', 'product', 'megablox'
@@ -268,6 +311,7 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'moe': moe,
   'route': route,
   'decode_experts': decode_experts,
+  'expert_parallel': expert_parallel,
   'tpu_kernels': tpu_kernels,
 }
 
