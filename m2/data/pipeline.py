@@ -294,14 +294,9 @@ def local_rows(mesh: Mesh, batch: int) -> list[int]:
       f'data.batch={batch} is not a multiple of the {shards} shards that the '
       f'mesh axes {", ".join(ROW_AXES)} make'
     )
-  blocks = _row_sharding(mesh).addressable_devices_indices_map((batch, 1))
-  return sorted(
-    {row for rows, _ in blocks.values() for row in range(batch)[rows]}
-  )
-
-
-def _row_sharding(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec(ROW_AXES, None))
+  spread = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+  blocks = spread.addressable_devices_indices_map((batch,)).values()
+  return sorted({row for (rows,) in blocks for row in range(batch)[rows]})
 
 
 def to_device(
@@ -314,6 +309,7 @@ def to_device(
     mesh: the device mesh.
     size: rows of the batch over all hosts.
   """
+  sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, None))
   places = {row: at for at, row in enumerate(local_rows(mesh, size))}
 
   def block(value, index):
@@ -323,7 +319,7 @@ def to_device(
   return {
     name: jax.make_array_from_callback(
       (size, *value.shape[1:]),
-      _row_sharding(mesh),
+      sharding,
       functools.partial(block, value),
     )
     for name, value in batch.items()

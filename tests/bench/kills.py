@@ -102,9 +102,8 @@ def kill_once(
     if moment == 'start':
       time.sleep(rng.uniform(0, 6))
     else:
-      # Lines that the last attempt wrote beyond its checkpoint are dropped.
-      more = newest + rng.randint(1, 2 * EVERY)
-      run.wait_for(lambda: began(run, newest) and run.steps() >= more, 0.002)
+      more = rng.randint(1, 2 * EVERY)
+      run.wait_for(lambda: taken(workdir, attempt) >= more, 0.002)
     if moment == 'save':
       run.wait_for(lambda: is_saving(workdir), 0.0005)
       time.sleep(rng.uniform(0, 0.05))
@@ -125,9 +124,11 @@ def kill_once(
   }
 
 
-def began(run: pod.Pod, newest: int) -> bool:
-  """Whether an attempt has read the checkpoint it is to go on from."""
-  return newest == 0 or 'resumed from step' in run.log()
+def taken(workdir: pathlib.Path, attempt: int) -> int:
+  """Steps that an attempt has begun itself."""
+  path = workdir / 'ledger' / '0.jsonl'
+  text = path.read_text() if path.exists() else ''
+  return text.count(f'"attempt": "{attempt}"')
 
 
 def finish(
@@ -139,8 +140,7 @@ def finish(
 ) -> None:
   """Runs until `steps` are written, then asks the run to stop."""
   with start(cfg, workdir, layout, attempt) as run:
-    newest = max(pod.saved(workdir), default=0)
-    run.wait_for(lambda: began(run, newest) and run.steps() >= steps)
+    run.wait_for(lambda: taken(workdir, attempt) and run.steps() >= steps)
     run.send(signal.SIGTERM, 0)
     codes = run.codes()
     if codes != [143] * layout.processes:

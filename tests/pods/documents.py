@@ -13,6 +13,7 @@ LENGTH = 8  # tokens of a document; two fill a row of 16
 # batches of an epoch hold each of them once, and no other.
 COUNT = 8192
 VOCAB = 320
+FILE = 'documents.jsonl'
 _BASE = 100
 
 
@@ -22,7 +23,7 @@ def write(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     {'tokens': [number // _BASE, number % _BASE, *range(2, LENGTH)]}
     for number in range(COUNT)
   ]
-  source = folder / 'documents.jsonl'
+  source = folder / FILE
   source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   words = tokenizer.train(['the quick brown fox'], VOCAB)
   words.save(folder / 'tokenizer.json')
