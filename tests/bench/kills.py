@@ -119,6 +119,7 @@ def kill_once(
     'moment': moment,
     'newest': newest,
     'resumed': resumed,
+    'torn': is_saving(workdir),  # a checkpoint was left half written
     'steps_done': done,
     'lost': None if moment == 'start' else done - committed,
   }
@@ -195,6 +196,8 @@ def campaign(kills: int, seed: int, folder: pathlib.Path) -> dict[str, Any]:
     'every': EVERY,
     'moments': dict(collections.Counter(d['moment'] for d in deaths)),
     'two_processes': sum(d['processes'] == 2 for d in deaths),
+    'resumed': sum(death['resumed'] > 0 for death in known),
+    'torn': sum(death['torn'] for death in deaths),
     'resumed_elsewhere': sum(d['resumed'] != d['newest'] for d in known),
     'lost_most': max(death['lost'] for death in known),
     'minutes': (time.monotonic() - begin) / 60,
@@ -211,6 +214,8 @@ def faults(found: dict[str, Any]) -> list[str]:
     'loss_difference_max': TOLERANCE,
   }
   faults = [f'{k}={found[k]}' for k, most in limits.items() if found[k] > most]
+  if not (found['resumed'] and found['torn']):
+    faults.append('no attempt went on from a checkpoint, or none tore one')
   if found['document_read_most'] != found['document_read_least']:
     faults.append('some documents were read more often than others')
   return faults
