@@ -33,9 +33,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       mesh=settings.MeshConfig(data=-1, fsdp=8, expert=64),
       optim=settings.OptimConfig(warmup=2000),
       loss=settings.LossConfig(balance=1e-4),
-      data=settings.DataConfig(batch=512, length=4096),
+      data=settings.DataConfig(batch=512, length=4096, shards=128),
       checkpoint=settings.CheckpointConfig(),
       log=settings.LogConfig(),
+      guard=settings.GuardConfig(),
     )
   )
   if 'e64' in words:
@@ -70,5 +71,5 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
   config.steps = 300
   config.mesh.update(fsdp=1, expert=1)
   config.optim.update(lr=3e-3, warmup=20)
-  config.data.update(batch=8, length=256)
+  config.data.update(batch=8, length=256, shards=1)
   config.checkpoint.every = 100

@@ -63,6 +63,7 @@ def main(topology: str, sizes: dict[str, int]) -> None:
     optim=config.OptimConfig(),
     loss=config.LossConfig(),
     log=config.LogConfig(),
+    guard=config.GuardConfig(),
   )
   optimizer = optim.make(cfg.optim, cfg.steps)
   state = train_state.abstract(MODEL, mesh, optimizer)
