@@ -12,17 +12,17 @@ run trains on every prompt exactly once: groups that were finished are read from
 the pool, groups that were in flight are played again from their start.
 """
 
+import contextlib
 import functools
+import importlib.util
 import math
 import pathlib
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from m2 import config as settings
-from m2 import types
 from m2.checkpoint import store
 from m2.engine import engine as engines
 from m2.eval import play
@@ -38,14 +38,11 @@ from m2.train import loop as train_loop
 from m2.train import optim, resume
 from m2.train import state as train_state
 
-# Settings and model -> who plays, and prompt number -> task.
-Cast = Callable[
-  [settings.RunConfig, types.LLM], tuple[rollout.Agent, rollout.Tasks]
-]
-
 
 def run(
-  config: settings.RunConfig, workdir: pathlib.Path, cast: Cast = play.cast
+  config: settings.RunConfig,
+  workdir: pathlib.Path,
+  cast: rollout.Cast = play.cast,
 ) -> train_state.TrainState:
   """Trains until `config.steps`; a finished run only returns its state.
 
@@ -78,6 +75,7 @@ def run(
     jax.set_mesh(mesh),
     store.Store(workdir / 'checkpoints', config.checkpoint.keep) as checkpoints,
     pools.DataPool(f'sqlite:///{workdir}/pool.db') as pool,
+    contextlib.ExitStack() as stack,
     rollout.Scene() as scene,
   ):
     rollouts = rollout.Rollouts(
@@ -104,7 +102,13 @@ def run(
     )
     gateway = capture.Gateway(engine, tokenizer, pool, experts=forge.replay)
     scene.start(engine.drive())
-    scene.start(rollouts.keep_running(*cast(config, gateway)))
+    agent, tasks = cast(config, gateway)
+    if config.forge.runner == 'ray':
+      from m2.forge import ray_runner  # Ray is not installed everywhere
+
+      agent = stack.enter_context(ray_runner.Runner(config, cast, gateway))
+      scene.start(agent.staff())
+    scene.start(rollouts.keep_running(agent, tasks))
     save = functools.partial(checkpoints.save, extra=note)
     with journals.Journal(
       config, workdir, start, engine, gateway, rollouts
@@ -142,6 +146,10 @@ def check(config: settings.RunConfig) -> None:
     problems.append(
       f'forge.row_tokens={forge.row_tokens} is below engine.length='
       f'{config.engine.length}; a long episode would fit no line'
+    )
+  if forge.runner == 'ray' and importlib.util.find_spec('ray') is None:
+    problems.append(
+      'forge.runner=ray needs Ray: bash launch/env.sh launch/ray.txt'
     )
   if problems:
     raise ValueError('rl: ' + '; '.join(problems))
