@@ -15,11 +15,12 @@
 #   PROCESSES=1       on each host; more than one share out its GPUs
 #   GPUS              of this host, where nvidia-smi does not tell
 #   PLATFORM=cuda     cpu tries the same without GPUs
-#   DEVICES=4         for PLATFORM=cpu: devices of each process
+#   DEVICES           for PLATFORM=cpu: devices of each process
 #
 # --workdir must be a folder that all hosts share. A process that fails ends the
 # others after GRACE=60 seconds, and the script with its exit code. SIGTERM and
 # SIGINT go to the processes, which save and end.
+
 # shellcheck disable=SC2153  # variables come from the environment
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

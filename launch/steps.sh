@@ -25,7 +25,7 @@ fail() {
 
 # Prints the comment at the top of the script, which is its manual, and ends.
 manual() {
-  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "launch/$script"
+  sed -n '2,${/^#/!q;s/^# \{0,1\}//p;}' "launch/$script"
   exit "$1"
 }
 

@@ -9,7 +9,7 @@
 #   setup     makes .venv on every host and mounts BUCKET
 #   secrets   puts SECRETS into Secret Manager, where the hosts read them
 #   run       starts main.py on every host, in the background: ARGUMENTS are its
-#   logs      follows main.py on host 0; WORKER=3 for another
+#   logs      follows main.py on host 0; WORKER=3, SLICE=1 for another
 #   status    the TPUs, and whether main.py runs on each host
 #   stop      asks main.py on every host to save and to end (SIGTERM)
 #   fetch     copies the run's folder from the bucket to runs/NAME
@@ -28,6 +28,7 @@
 #   BUCKET            keeps the run: the hosts have no disk in common
 #   SECRETS           names of variables that main.py is to find there
 #   REPO, REF=HEAD    for copy: a git URL that the hosts can read, and a commit
+
 # shellcheck disable=SC2016  # what hosts run is expanded there
 # shellcheck disable=SC2153  # variables come from the environment
 set -euo pipefail
@@ -184,7 +185,7 @@ case $action in
   run) run "$@" ;;
   logs)
     step gcloud alpha compute tpus queued-resources ssh "$NAME" "${here[@]}" \
-      "--node=${NODE:-0}" "--worker=$WORKER" \
+      "--node=${SLICE:-0}" "--worker=$WORKER" \
       '--command=tail -n 100 -F m2-jax/logs/out'
     ;;
   status)
