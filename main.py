@@ -31,12 +31,15 @@ RUNS = {
   'convert': 'm2.checkpoint.convert',
   'quickstart': 'm2.stages',
 }
+# Modes that run as one process on every host; the others are one process.
+ON_HOSTS = ('pretrain', 'sft')
 
 
 def main(_) -> None:
   """Freezes the config, keeps it in the workdir, runs its mode."""
   try:
     config = settings.RunConfig.from_config(CONFIG.value)
+    rank = join(config.mode)
   except ValueError as error:
     stop(error, 2)
   workdir = pathlib.Path(
@@ -45,19 +48,43 @@ def main(_) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   kept = workdir / 'config.json'
   before = kept.read_bytes() if kept.exists() else b''
-  kept.write_text(CONFIG.value.to_json(indent=2) + '\n')
+  if rank == 0:
+    kept.write_text(CONFIG.value.to_json(indent=2) + '\n')
   try:
     run(config, workdir)
   except Exception as error:
-    kept.write_bytes(before or kept.read_bytes())  # a refusal leaves no mark
-    (workdir / 'error.txt').write_text(traceback.format_exc())
+    if rank == 0:  # a refusal leaves no mark
+      kept.write_bytes(before or kept.read_bytes())
+    details = workdir / (f'error-{rank}.txt' if rank else 'error.txt')
+    details.write_text(traceback.format_exc())
     ours = type(error).__module__.startswith('m2.')
     if not ours and not isinstance(error, ValueError | OSError):
-      raise  # a bug, not a message to the user
+      traceback.print_exc()  # a bug, not a message to the user
+    where = ''.join(f'{note}; ' for note in getattr(error, '__notes__', ()))
     code = 2 if isinstance(error, ValueError) else 1
-    stop(f'{error} (details: {workdir / "error.txt"})', code)
-  if unread := settings.unread(config):
+    stop(f'{error} ({where}details: {details})', code)
+  if rank == 0 and (unread := settings.unread(config)):
     print(f'no code read these settings: {", ".join(unread)}', file=sys.stderr)
+
+
+def join(mode: str) -> int:
+  """Joins the other processes of the run, if any; the number of this one.
+
+  Raises:
+    ValueError: the environment speaks of several, but not how or not for this
+      mode.
+  """
+  found = common.hosts(os.environ)
+  if found is None:
+    return 0
+  if mode not in ON_HOSTS:
+    raise ValueError(
+      f'mode={mode} runs as one process, and the environment speaks of several '
+      f'(see configs/common.py); only {", ".join(ON_HOSTS)} run on many hosts'
+    )
+  from m2.parallel import hosts
+
+  return hosts.join(*found)
 
 
 def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
@@ -93,8 +120,10 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def stop(reason: object, code: int) -> None:
-  """Ends the process with one line on standard error."""
+  """Ends the process with one line on standard error; tells other hosts."""
   print(f'error: {reason}', file=sys.stderr)
+  if hosts := sys.modules.get('m2.parallel.hosts'):
+    hosts.leave(str(reason), code)
   sys.exit(code)
 
 

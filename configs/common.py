@@ -9,7 +9,7 @@ import difflib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 
@@ -109,6 +109,46 @@ def compilation_cache() -> dict[str, str]:
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0',
   }
+
+
+def hosts(environ: Mapping[str, str]) -> tuple[str | int | None, ...] | None:
+  """How the processes of this run find each other; None = there is only one.
+
+  `JAX_COORDINATOR_ADDRESS` (HOST:PORT of process 0), `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID` say it. Without them jax finds it by itself where the
+  scheduler tells it: in a SLURM or Open MPI step of several tasks, on a TPU
+  slice of several hosts under GKE, and wherever `M2_HOSTS=auto` is set, as on
+  a TPU VM, which knows it only from its metadata server.
+
+  Returns:
+    Address, number of processes and number of this one; three times None where
+    jax is to find them.
+
+  Raises:
+    ValueError: an incomplete or impossible triple.
+  """
+  names = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+  given = [environ.get(name, '') for name in names]
+  if any(given):
+    said = ', '.join(f'{name}={value!r}' for name, value in zip(names, given))
+    try:
+      address, count, index = given[0], int(given[1]), int(given[2])
+    except ValueError:
+      raise ValueError(f'{said}: all three are needed') from None
+    if ':' not in address or not 0 <= index < count:
+      raise ValueError(f'{said}: expected HOST:PORT and 0 <= id < number')
+    return address, count, index
+  tasks = (
+    environ.get('SLURM_NTASKS', '1') if 'SLURM_STEP_NODELIST' in environ else 1,
+    environ.get('OMPI_COMM_WORLD_SIZE', '1'),
+    environ.get('MEGASCALE_NUM_SLICES', '1'),
+    environ.get('TPU_WORKER_HOSTNAMES', '').count(',') + 1,
+  )
+  asked = environ.get('M2_HOSTS', '')
+  if asked not in ('', 'auto'):
+    raise ValueError(f'M2_HOSTS={asked!r}: set auto or leave it out')
+  several = asked == 'auto' or any(int(number) > 1 for number in tasks)
+  return (None, None, None) if several else None
 
 
 def explain(error: BaseException, argv: Sequence[str]) -> str:

@@ -63,6 +63,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       data=settings.DataConfig(source='tasks', batch=8, length=LENGTH),
       checkpoint=settings.CheckpointConfig(every=300, keep=1),
       log=settings.LogConfig(introspect=50),
+      guard=settings.GuardConfig(),
       tasks=settings.TasksConfig(
         skills=tuple((skill, 1.0) for skill in SKILLS),
         difficulty_max=0,

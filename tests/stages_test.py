@@ -40,6 +40,7 @@ def config(**changes) -> m2_config.RunConfig:
     'data': m2_config.DataConfig(source='tasks'),
     'checkpoint': m2_config.CheckpointConfig(),
     'log': m2_config.LogConfig(),
+    'guard': m2_config.GuardConfig(),
     'tasks': m2_config.TasksConfig(
       skills=tuple((skill, 1.0) for skill in sorted(SKILLS))
     ),

@@ -2,8 +2,11 @@
 
     <step>/params/    parameters                     (Orbax)
     <step>/trainer/   step, optimiser                (Orbax)
-    <step>/data/      data iterator, one file a host (JSON)
+    <step>/data/      data iterator, a file a shard  (JSON)
     <step>/meta/      shapes, checksums, settings    (JSON)
+
+Nothing in it depends on the number of processes, or on the mesh: any other
+layout can read it.
 
 Arrays carry checksums of their values (in `meta`), JSON files one of their
 text: what is read back is what was written, or an error names the part.
@@ -26,7 +29,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from m2.checkpoint import fingerprint
 
-FORMAT = 'm2-jax checkpoint 1'
+FORMAT = 'm2-jax checkpoint 2'
+_WHOLE = 'value'  # file of a value that is not split
 _LISTED = 5  # mismatches that an error spells out
 
 
@@ -46,9 +50,12 @@ logging.getLogger('absl').addFilter(_NotOrbax())
 
 
 class Json:
-  """A JSON value as an Orbax checkpointable, one checked file a process.
+  """JSON values as an Orbax checkpointable, one checked file for each.
 
-  Takes a dict, or what has `get_state` and `set_state` (a grain iterator).
+  Takes a dict, written by process 0 as one value; or what has `get_state` and
+  `set_state`. The entries of such a state become files of their own, written
+  by every process that has them: they are the same there. Reading, a process
+  takes those whose names its own state has.
   """
 
   def __init__(self, item: Any):
@@ -56,34 +63,40 @@ class Json:
 
   async def save(self, directory: Any) -> Awaitable[None]:
     """Takes the state now; the returned awaitable writes it."""
-    own = isinstance(self.item, dict)
-    body = json.dumps(self.item if own else self.item.get_state())
-    return self._write(directory, body)
+    if not isinstance(self.item, dict):
+      values = self.item.get_state()
+    else:
+      values = {_WHOLE: self.item} if jax.process_index() == 0 else {}
+    texts = {name: json.dumps(value) for name, value in values.items()}
+    return self._write(directory, texts)
 
-  async def _write(self, directory: Any, body: str) -> None:
+  async def _write(self, directory: Any, texts: dict[str, str]) -> None:
     folder = await directory.await_creation()
-    (folder / _process_file()).write_text(f'{digest(body)}\n{body}\n')
+    for name, body in texts.items():
+      (folder / f'{name}.json').write_text(f'{digest(body)}\n{body}\n')
 
   async def load(self, directory: Any) -> Awaitable[None]:
     """The returned awaitable reads the state and sets it."""
     return self._read(directory)
 
   async def _read(self, directory: Any) -> None:
-    path = directory / _process_file()
-    if not path.exists():
-      raise CheckpointError(f'{path} is missing (another number of hosts?)')
-    said, _, body = path.read_bytes().decode(errors='replace').partition('\n')
-    body = body.removesuffix('\n')
-    if said != digest(body):
-      raise CheckpointError(f'{path} is corrupt: not what its checksum says')
     if isinstance(self.item, dict):
-      self.item.update(json.loads(body))
-    else:
-      self.item.set_state(json.loads(body))
+      self.item.update(_read_json(directory / f'{_WHOLE}.json'))
+      return
+    names = self.item.get_state()
+    self.item.set_state(
+      {name: _read_json(directory / f'{name}.json') for name in names}
+    )
 
 
-def _process_file() -> str:
-  return f'process_{jax.process_index()}-of-{jax.process_count()}.json'
+def _read_json(path: Any) -> Any:
+  if not path.exists():
+    raise CheckpointError(f'{path} is missing')
+  said, _, body = path.read_bytes().decode(errors='replace').partition('\n')
+  body = body.removesuffix('\n')
+  if said != digest(body):
+    raise CheckpointError(f'{path} is corrupt: not what its checksum says')
+  return json.loads(body)
 
 
 def digest(body: str) -> str:

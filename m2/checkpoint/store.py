@@ -19,7 +19,7 @@ from m2.checkpoint import directory as layout
 from m2.checkpoint import hf
 from m2.model import mtp
 from m2.model import params as model_params
-from m2.parallel import sharding
+from m2.parallel import hosts, sharding
 
 CheckpointError = layout.CheckpointError
 newest, read_meta = layout.newest, layout.read_meta
@@ -175,7 +175,7 @@ class Store:
       try:
         return _restore(path, abstract_state, data_iter)
       except CheckpointError as error:
-        print(f'checkpoint skipped: {error}', flush=True)
+        hosts.say(f'checkpoint skipped: {error}')
         path = self.directory / str(candidate)
     return _restore(path, abstract_state, data_iter)
 

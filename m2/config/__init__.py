@@ -22,6 +22,7 @@ from m2.config.run import MODES, RunConfig, to_config, unread
 from m2.config.training import (
   CheckpointConfig,
   DataConfig,
+  GuardConfig,
   LogConfig,
   LossConfig,
   MeshConfig,
@@ -38,6 +39,7 @@ __all__ = [
   'EvalConfig',
   'EvolveConfig',
   'ForgeConfig',
+  'GuardConfig',
   'LogConfig',
   'LossConfig',
   'MODES',

@@ -11,12 +11,13 @@ from m2.config import acting, base, training
 
 # Which sections each mode reads; a config has exactly these, plus the fields
 # of RunConfig that are not sections.
-_TRAIN = ('model', 'mesh', 'optim', 'loss', 'data', 'checkpoint', 'log')
+_SHARED = ('model', 'mesh', 'optim', 'checkpoint', 'log')
+_TRAIN = (*_SHARED, 'loss', 'data', 'guard')
 _AGENT = ('tasks', 'prompt', 'agent', 'engine')
 MODES: dict[str, tuple[str, ...]] = {
   'pretrain': _TRAIN,
   'sft': (*_TRAIN, 'tasks', 'prompt'),
-  'rl': ('model', 'mesh', 'optim', 'checkpoint', 'log', *_AGENT, 'forge'),
+  'rl': (*_SHARED, *_AGENT, 'forge'),
   'eval': ('model', 'mesh', 'checkpoint', *_AGENT, 'eval'),
   'evolve': (*_TRAIN, *_AGENT, 'evolve'),
   'convert': ('convert',),
@@ -38,6 +39,7 @@ class RunConfig(base.Settings):
   data: training.DataConfig | None = None
   checkpoint: training.CheckpointConfig | None = None
   log: training.LogConfig | None = None
+  guard: training.GuardConfig | None = None
   tasks: acting.TasksConfig | None = None
   prompt: acting.PromptConfig | None = None
   agent: acting.AgentConfig | None = None

@@ -154,13 +154,18 @@ class DataConfig(base.Settings):
   keep_all_reasoning: bool = True  # report Eq. 10 keeps every turn's reasoning
   examples: int = 20_000  # task source: distinct demonstrations
   prefetch: int = 2  # batches made ahead, by each worker
-  workers: int = 0  # processes; 0 = in this one
+  workers: int = 0  # processes for each shard; 0 = in this one
+  shards: int = 1  # best a multiple of the hosts; fixes the order of rows
 
   def _check(self) -> None:
     base.choice(
       self, 'data', 'source', ('files', 'jsonl', 'array_record', 'tasks')
     )
-    base.positive(self, 'batch length examples prefetch')
+    base.positive(self, 'batch length examples prefetch shards')
+    base.require(
+      self.batch % self.shards == 0,
+      f'data.batch={self.batch} is not a multiple of data.shards={self.shards}',
+    )
     base.require(self.workers >= 0, f'data.workers={self.workers} is negative')
 
 
@@ -191,3 +196,22 @@ class LogConfig(base.Settings):
     base.require(
       self.introspect >= 0, f'log.introspect={self.introspect} negative'
     )
+
+
+@base.section
+class GuardConfig(base.Settings):
+  """What a run does about bad steps and hosts (m2/train/guard.py)."""
+
+  policy: str = 'stop'  # stop | rewind: go back to the checkpoint, other data
+  spike: float = 0.0  # a loss so many deviations above the last is bad; 0 = off
+  window: int = 100  # losses that it is compared with
+  skip: int = 0  # batches left out beyond those since the checkpoint
+  rewinds: int = 3  # to one checkpoint, then stop
+  stall: float = 40.0  # seconds without progress until a host is named
+
+  def _check(self) -> None:
+    base.choice(self, 'guard', 'policy', ('stop', 'rewind'))
+    base.positive(self, 'window rewinds stall')
+    for name in ('spike', 'skip'):
+      value = getattr(self, name)
+      base.require(value >= 0, f'guard.{name}={value} must not be negative')

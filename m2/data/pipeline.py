@@ -1,10 +1,18 @@
 """From sources to batches on the devices, in one fixed order.
 
-source (encoded on access), shard by host, seed, shuffle, repeat, pack, batch,
-prefetch. The iterator, not the dataset, goes to the checkpoint: its state is a
-few numbers and resumes to the bit, in the middle of an epoch and of a window.
+source (encoded on access), shard, seed, shuffle, repeat, pack, batch, prefetch;
+then the shards side by side. The iterator, not the dataset, goes to the
+checkpoint: its state is a few numbers a shard and resumes to the bit, in the
+middle of an epoch and of a window.
+
+What row r of step s is follows from the seed and `data.shards`, not from the
+hosts: shard k of n makes rows [k/n, (k+1)/n) of every batch, and a host reads
+the shards that its devices' rows are in. So a run may go on with another number
+of hosts or another mesh, and neither skips nor repeats a row. Where n is a
+multiple of the hosts, no document is read on two of them.
 """
 
+import functools
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,66 +44,76 @@ def make(
   tokenizer: tokenizers.Tokenizer,
   *,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  wanted: Sequence[int] | None = None,
   source: sources.Source | Sequence[sources.Row] | None = None,
 ) -> 'Batches':
-  """The endless stream of this host's share of every batch.
+  """The endless stream of this host's rows of every batch.
 
-  Hosts read disjoint shards that together are the whole source; every epoch
-  shuffles a shard anew. Rows may mix documents of neighbouring epochs.
+  Shards are disjoint and together the whole source; every epoch shuffles a
+  shard anew. Rows may mix documents of neighbouring epochs.
 
   Args:
     cfg: what to read and how to cut it.
     tokenizer: for text and chats.
     seed: of every shuffle.
-    process_index: this host.
-    process_count: number of hosts; each gives `cfg.batch / process_count` rows.
+    wanted: numbers of the rows of a batch to give, ascending (`local_rows`);
+      None = all.
     source: rows to read instead of the configured source.
 
   Raises:
     ValueError: the source cannot be opened or is too small, or the batch does
-      not divide over the hosts. Iterating raises it, with its place, for a row
-      that is broken.
+      not divide over the shards. Iterating raises it, with its place, for a
+      row that is broken.
   """
-  if cfg.batch % process_count:
+  if cfg.batch % cfg.shards:
     raise ValueError(
-      f'data.batch={cfg.batch} is not a multiple of the {process_count} hosts'
+      f'data.batch={cfg.batch} is not a multiple of data.shards={cfg.shards}'
     )
   if cfg.length < 2:
     raise ValueError(f'data.length={cfg.length}: a row needs 2 tokens or more')
   rows = documents.Documents(
     open_source(cfg, source), tokenizer, cfg.keep_all_reasoning
   )
-  if len(rows) < process_count:
+  if len(rows) < cfg.shards:
     raise ValueError(
-      f'the source has {len(rows)} rows for {process_count} hosts'
+      f'the source has {len(rows)} rows for data.shards={cfg.shards}'
     )
+  wanted = range(cfg.batch) if wanted is None else wanted
+  size = cfg.batch // cfg.shards
+  shards = sorted({row // size for row in wanted})
+  keep = np.asarray([shards.index(r // size) * size + r % size for r in wanted])
+  streams = [_shard(cfg, rows, tokenizer, seed, shard) for shard in shards]
+  return Batches(streams, [f'{k}-of-{cfg.shards}' for k in shards], keep)
+
+
+def _shard(
+  cfg: config.DataConfig,
+  rows: documents.Documents,
+  tokenizer: tokenizers.Tokenizer,
+  seed: int,
+  shard: int,
+) -> grain.IterDataset:
+  """The stream of shard `shard`: its rows of every batch."""
   dataset = (
-    grain.MapDataset.source(rows)[process_index::process_count]
+    grain.MapDataset.source(rows)[shard :: cfg.shards]
     .seed(seed)
     .shuffle()
     .repeat()
     .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   )
+  window = max(_WINDOW_ROWS, _WINDOW_TOKENS // cfg.length // cfg.shards)
   dataset = packing.Rows(
-    dataset,
-    length=cfg.length,
-    rows=max(_WINDOW_ROWS, _WINDOW_TOKENS // cfg.length),
-    pad=tokenizer.pad_id,
-    seed=seed,
-  ).batch(cfg.batch // process_count, drop_remainder=True)
+    dataset, length=cfg.length, rows=window, pad=tokenizer.pad_id, seed=seed
+  ).batch(cfg.batch // cfg.shards, drop_remainder=True)
   if cfg.workers:
-    dataset = dataset.mp_prefetch(
+    return dataset.mp_prefetch(
       grain.MultiprocessingOptions(
         num_workers=cfg.workers, per_worker_buffer_size=cfg.prefetch
       )
     )
-  else:
-    dataset = grain.experimental.ThreadPrefetchIterDataset(
-      dataset, prefetch_buffer_size=cfg.prefetch
-    )
-  return Batches(dataset)
+  return grain.experimental.ThreadPrefetchIterDataset(
+    dataset, prefetch_buffer_size=cfg.prefetch
+  )
 
 
 def open_source(
@@ -185,11 +203,28 @@ def texts(source: sources.Source, enough: int) -> Iterator[str]:
 
 
 class Batches(grain.IterDataset):
-  """The last stage: takes the counts off the batches and adds them up."""
+  """The last stage: puts the shards side by side and adds up their counts."""
+
+  def __init__(
+    self,
+    shards: Sequence[grain.IterDataset],
+    names: Sequence[str],
+    keep: np.ndarray,
+  ):
+    """Takes the shards.
+
+    Args:
+      shards: datasets of batches, each a shard's rows.
+      names: of the shards, in the state.
+      keep: which of all their rows to give.
+    """
+    super().__init__(shards)
+    self._names, self._keep = names, keep
 
   def __iter__(self) -> 'BatchIterator':
     """A fresh iterator, to be checkpointed with the model."""
-    return BatchIterator(iter(self._parent))
+    shards = [iter(shard) for shard in self._parents]
+    return BatchIterator(shards, self._names, self._keep)
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -198,12 +233,18 @@ class BatchIterator(grain.DatasetIterator):
   Attributes:
     counts: documents and tokens packed, slots they lie in (tokens / slots is
       the fill ratio), chats `truncated` to the row, documents `untrained` and
-      so left out; since this iterator was made.
+      so left out; in the shards of this host, since this iterator was made.
   """
 
-  def __init__(self, parent: grain.DatasetIterator):
-    """Reads from the prefetching stage."""
-    super().__init__(parent)
+  def __init__(
+    self,
+    shards: Sequence[grain.DatasetIterator],
+    names: Sequence[str],
+    keep: np.ndarray,
+  ):
+    """Reads from the prefetching stages; see `Batches`."""
+    super().__init__(shards)
+    self._names, self._keep = names, keep
     self.counts = dict.fromkeys((*packing.COUNTS, 'slots'), 0)
 
   def __next__(self) -> packing.Batch:
@@ -212,8 +253,11 @@ class BatchIterator(grain.DatasetIterator):
     Raises:
       ValueError: a row of the source is broken; says where.
     """
+    parts = [next(shard) for shard in self._parents]
     # Copies, because worker processes lend memory that they share.
-    batch = {name: np.array(rows) for name, rows in next(self._parent).items()}
+    batch = {
+      name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+    }
     for name, count in zip(packing.COUNTS, batch.pop('counts').sum(axis=0)):
       if count and not self.counts[name] and name in ('truncated', 'untrained'):
         logging.warning(
@@ -222,34 +266,65 @@ class BatchIterator(grain.DatasetIterator):
         )
       self.counts[name] += int(count)
     self.counts['slots'] += batch['tokens'].size
-    return packing.Batch(**batch)
+    return packing.Batch(
+      **{name: rows[self._keep] for name, rows in batch.items()}
+    )
 
   def get_state(self) -> dict[str, Any]:
-    """The position in the stream: JSON, a few hundred bytes."""
-    return self._parent.get_state()
+    """The position in each shard by its name: JSON, a few hundred bytes."""
+    return {
+      name: shard.get_state() for name, shard in zip(self._names, self._parents)
+    }
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to a position that `get_state` gave."""
-    self._parent.set_state(state)
+    for name, shard in zip(self._names, self._parents):
+      shard.set_state(state[name])
 
 
-def to_device(
-  batch: Mapping[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
-  """Puts this host's rows on its devices: rows over data, fsdp and expert.
+def local_rows(mesh: Mesh, batch: int) -> list[int]:
+  """Numbers of the rows of a batch that this host's devices take, ascending.
 
   Raises:
     ValueError: the rows do not divide over the mesh.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, None))
   shards = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
-  rows = len(batch['tokens']) * jax.process_count()
-  if rows % shards:
+  if batch % shards:
     raise ValueError(
-      f'data.batch={rows} is not a multiple of the {shards} shards that the '
+      f'data.batch={batch} is not a multiple of the {shards} shards that the '
       f'mesh axes {", ".join(ROW_AXES)} make'
     )
+  blocks = _row_sharding(mesh).addressable_devices_indices_map((batch, 1))
+  return sorted(
+    {row for rows, _ in blocks.values() for row in range(batch)[rows]}
+  )
+
+
+def _row_sharding(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec(ROW_AXES, None))
+
+
+def to_device(
+  batch: Mapping[str, np.ndarray], mesh: Mesh, size: int
+) -> dict[str, jax.Array]:
+  """Puts rows on this host's devices: rows over data, fsdp and expert.
+
+  Args:
+    batch: the rows that `local_rows(mesh, size)` lists.
+    mesh: the device mesh.
+    size: rows of the batch over all hosts.
+  """
+  places = {row: at for at, row in enumerate(local_rows(mesh, size))}
+
+  def block(value, index):
+    rows, columns = index
+    return value[[places[row] for row in range(size)[rows]], columns]
+
   return {
-    name: jax.make_array_from_process_local_data(sharding, value)
+    name: jax.make_array_from_callback(
+      (size, *value.shape[1:]),
+      _row_sharding(mesh),
+      functools.partial(block, value),
+    )
     for name, value in batch.items()
   }

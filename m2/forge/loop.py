@@ -35,7 +35,7 @@ from m2.parallel import mesh as meshes
 from m2.parallel import sharding
 from m2.train import journal as train_journal
 from m2.train import loop as train_loop
-from m2.train import optim, resume
+from m2.train import optim, resume, signals
 from m2.train import state as train_state
 
 
@@ -59,6 +59,7 @@ def run(
     m2.train.journal.TrainingError: a loss or gradient is not finite; the
       checkpoints are sound.
     m2.checkpoint.store.CheckpointError: a checkpoint cannot be read or written.
+    m2.train.signals.Stopped: a signal asked for it; the last step is saved.
   """
   check(config)
   mesh = meshes.make_mesh(config.mesh)
@@ -77,6 +78,7 @@ def run(
     pools.DataPool(f'sqlite:///{workdir}/pool.db') as pool,
     contextlib.ExitStack() as stack,
     rollout.Scene() as scene,
+    signals.Signals() as asked,
   ):
     rollouts = rollout.Rollouts(
       windows.WindowedFifo(math.ceil(forge.window * forge.in_flight)),
@@ -88,8 +90,9 @@ def run(
     batches = iter(dataset.RolloutDataset(rollouts, scene, forge))
     optimizer = optim.make(config.optim, config.steps)
     note = resume.note(config, tokenizer)
-    state = resume.begin(config, mesh, optimizer, checkpoints, batches, note)
-    start = int(state.step)
+    state, start, _ = resume.begin(
+      config, mesh, optimizer, checkpoints, batches, note
+    )
     if start >= config.steps:
       print(f'{workdir}: trained for {start} steps already', flush=True)
       return state
@@ -102,20 +105,40 @@ def run(
     )
     gateway = capture.Gateway(engine, tokenizer, pool, experts=forge.replay)
     scene.start(engine.drive())
-    agent, tasks = cast(config, gateway)
-    if config.forge.runner == 'ray':
-      from m2.forge import ray_runner  # Ray is not installed everywhere
+    playing = _players(config, cast, gateway, scene, stack)
+    scene.start(rollouts.keep_running(*playing))
 
-      agent = stack.enter_context(ray_runner.Runner(config, cast, gateway))
-      scene.start(agent.staff())
-    scene.start(rollouts.keep_running(agent, tasks))
-    save = functools.partial(checkpoints.save, extra=note)
+    def save(state: train_state.TrainState, done: int) -> None:
+      checkpoints.save(state, batches, step=done, extra=note)
+      if asked.raised and done < config.steps:
+        checkpoints.wait()
+        raise asked.stopped(done)
+
     with journals.Journal(
       config, workdir, start, engine, gateway, rollouts
     ) as journal:
       return _train(
-        config, optimizer, batches, state, engine, rollouts, journal, save
+        config,
+        optimizer,
+        batches,
+        state,
+        engine,
+        rollouts,
+        journal,
+        asked,
+        save,
       )
+
+
+def _players(config, cast, gateway, scene, stack):
+  """Who plays, in this process or on Ray's hosts; and the tasks."""
+  agent, tasks = cast(config, gateway)
+  if config.forge.runner == 'ray':
+    from m2.forge import ray_runner  # Ray is not installed everywhere
+
+    agent = stack.enter_context(ray_runner.Runner(config, cast, gateway))
+    scene.start(agent.staff())
+  return agent, tasks
 
 
 def check(config: settings.RunConfig) -> None:
@@ -155,7 +178,9 @@ def check(config: settings.RunConfig) -> None:
     raise ValueError('rl: ' + '; '.join(problems))
 
 
-def _train(config, optimizer, batches, state, engine, rollouts, journal, save):
+def _train(
+  config, optimizer, batches, state, engine, rollouts, journal, asked, save
+):
   """The loop itself: batch, update, sync, checkpoint."""
   update = jax.jit(
     functools.partial(
@@ -189,6 +214,7 @@ def _train(config, optimizer, batches, state, engine, rollouts, journal, save):
     spans = [after - before for before, after in zip(times, times[1:])]
     named = dict(zip(('rollout', 'train', 'sync'), spans))
     journal.write(done, batch.report, values, named)
-    if done % config.checkpoint.every == 0 or done == config.steps:
-      save(state, batches, step=done)
+    due = done % config.checkpoint.every == 0 or done == config.steps
+    if due or asked.raised:
+      save(state, done)
   return state

@@ -17,9 +17,12 @@ import numpy as np
 from m2 import config as settings
 from m2.model import params as model_params
 from m2.obs import metrics, profile
+from m2.train import guard as guards
 from m2.train import introspect
 
 SHOWN = ('loss', 'grad_norm')  # on the progress line
+# In an introspection record, beside what introspection is about.
+_RECORDED = ('loss', 'ce', 'z', 'guard/rewinds', 'guard/skipped')
 
 
 class TrainingError(Exception):
@@ -38,7 +41,11 @@ class Journal:
   """Writes what steps report; a context manager."""
 
   def __init__(
-    self, config: settings.RunConfig, workdir: pathlib.Path, start: int
+    self,
+    config: settings.RunConfig,
+    workdir: pathlib.Path,
+    start: int,
+    guard: guards.Guard,
   ):
     """Opens the files of `workdir`, on the first host only.
 
@@ -46,8 +53,9 @@ class Journal:
       config: `log`, `model`, `data`, `steps` are read.
       workdir: of the run.
       start: step that the run goes on from.
+      guard: judges every loss.
     """
-    self._workdir = workdir
+    self._workdir, self._guard = workdir, guard
     self._pending: _Pending | None = None
     self._writer = self._progress = None
     if jax.process_index() == 0:
@@ -102,7 +110,7 @@ class Journal:
       params: newest parameters, for the diagnosis of a failure.
 
     Raises:
-      TrainingError: the step before was not finite.
+      TrainingError: the step before was bad.
     """
     host = {
       'data/fill': float((batch['until'] > 0).mean()),
@@ -116,7 +124,7 @@ class Journal:
     """Writes what is pending; waits for the device.
 
     Raises:
-      TrainingError: that step was not finite.
+      TrainingError: that step was bad: not finite, or a spike.
     """
     if self._pending is None:
       return
@@ -136,15 +144,21 @@ class Journal:
     )
     if share is not None:
       host['mfu'] = share
+    host['guard/rewinds'] = self._guard.rewinds
+    host['guard/skipped'] = self._guard.skipped
     if self._writer:
       self._write(step, values | host, record)
     if bad.any():
       raise TrainingError(self._diagnosis(step, values, bad, params))
+    if reason := self._guard.spike(float(values['loss'])):
+      raise TrainingError(
+        f'step {step} is a spike: {reason} (guard.spike, guard.window)'
+      )
 
   def _write(self, step: int, values: dict, record: dict | None) -> None:
     self._writer.write(step, values)
     if record is not None:
-      named = {name: float(values[name]) for name in ('loss', 'ce', 'z')}
+      named = {name: float(values[name]) for name in _RECORDED}
       self._writer.record(step, named | introspect.flatten(record))
     self._progress.update(
       step, int(values['tokens']), {name: values[name] for name in SHOWN}
@@ -163,7 +177,10 @@ class Journal:
     ]
     gradients = [name for name, hit in zip(names, bad[1:]) if hit]
     if broken:
-      where = f'the weights {broken[0]} were not finite before it'
+      leaf = broken[0]
+      where = f'the weights {leaf} were not finite before it'
+      held = _holders(jax.tree.leaves(params)[names.index(leaf)])
+      where += f', here on {", ".join(held)}' if held else ', on other hosts'
     elif gradients:
       where = f'the weights are finite, the gradient of {gradients[0]} is not'
     else:
@@ -179,3 +196,12 @@ class Journal:
 @jax.jit
 def _finite(params: Any) -> list[jax.Array]:
   return [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
+
+
+def _holders(leaf: jax.Array) -> list[str]:
+  """Devices of this host whose part of `leaf` is not finite."""
+  return [
+    str(shard.device)
+    for shard in leaf.addressable_shards
+    if not np.isfinite(np.asarray(shard.data, np.float32)).all()
+  ]

@@ -9,6 +9,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -16,9 +17,10 @@ import optax
 from m2 import config as settings
 from m2.checkpoint import store
 from m2.data import pipeline, sources
+from m2.parallel import hosts, sharding
 from m2.parallel import mesh as meshes
-from m2.parallel import sharding
-from m2.train import journal, optim, resume
+from m2.train import guard as guards
+from m2.train import journal, optim, resume, signals, watchdog
 from m2.train import state as train_state
 from m2.train import step as train
 
@@ -40,7 +42,9 @@ def run(
     The state after the last step, on the mesh.
 
   Raises:
-    m2.train.journal.TrainingError: a loss or gradient is not finite.
+    m2.train.journal.TrainingError: a loss or gradient is not finite, or a loss
+      is a spike, and the guard does not go back.
+    m2.train.signals.Stopped: a signal asked for it; the last step is saved.
     m2.checkpoint.store.CheckpointError: a checkpoint cannot be read or
       written; those that are complete stay.
     ValueError: settings that do not fit the data, the devices, or the run that
@@ -49,33 +53,57 @@ def run(
   mesh = meshes.make_mesh(config.mesh)
   _check(config, mesh)
   data = resume.data_config(config)
-  tokenizer = pipeline.tokenizer(data, source, config.model.vocab, workdir)
-  batches = iter(
-    pipeline.make(
-      data,
-      tokenizer,
-      seed=config.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      source=source,
-    )
+  tokenizer = hosts.first(
+    'tokenizer',
+    lambda: pipeline.tokenizer(data, source, config.model.vocab, workdir),
+  )
+  wanted = pipeline.local_rows(mesh, data.batch)
+  dataset = pipeline.make(
+    data, tokenizer, seed=config.seed, wanted=wanted, source=source
   )
   optimizer = optim.make(config.optim, config.steps)
   note = resume.note(config, tokenizer)
   folder = workdir / 'checkpoints'
   with (
     jax.set_mesh(mesh),
+    signals.Signals() as asked,
+    watchdog.Watchdog(config.guard.stall) as watch,
     store.Store(folder, config.checkpoint.keep) as checkpoints,
   ):
-    state = resume.begin(config, mesh, optimizer, checkpoints, batches, note)
-    start = int(state.step)
-    if start >= config.steps:
-      print(f'{workdir}: trained for {start} steps already', flush=True)
-      return state
-    with journal.Journal(config, workdir, start) as log:
-      return _train(
-        config, mesh, optimizer, checkpoints, batches, note, state, log
-      )
+    batches = iter(dataset)
+    begun = resume.begin(config, mesh, optimizer, checkpoints, batches, note)
+    if begun.step >= config.steps:
+      hosts.say(f'{workdir}: trained for {begun.step} steps already')
+      return begun.state
+    guard = guards.Guard(config.guard, begun.extra.get('guard'))
+    parts = _Run(
+      config,
+      workdir,
+      mesh,
+      optimizer,
+      checkpoints,
+      batches,
+      note,
+      asked,
+      watch,
+      guard,
+    )
+    return _train(parts, begun.state)
+
+
+class _Run(NamedTuple):
+  """What the loop works with, from `run`."""
+
+  config: settings.RunConfig
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  optimizer: optax.GradientTransformation
+  checkpoints: store.Store
+  batches: pipeline.BatchIterator
+  note: dict[str, Any]
+  asked: signals.Signals
+  watch: watchdog.Watchdog
+  guard: guards.Guard
 
 
 def _check(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -94,22 +122,65 @@ def _check(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def _train(config, mesh, optimizer, checkpoints, batches, note, state, log):
+def _train(run: _Run, state: train_state.TrainState) -> train_state.TrainState:
+  """Steps to the end; bad ones lead back to a checkpoint, if so configured."""
+  updates = compiled(run.config, run.optimizer)
+  while True:
+    start = int(state.step)
+    with journal.Journal(run.config, run.workdir, start, run.guard) as log:
+      try:
+        return _steps(run, updates, state, log)
+      except journal.TrainingError as error:
+        state = _rewind(run, error)
+
+
+def _steps(run, updates, state, log):
   """The loop itself; `log` reads each step's numbers during the next."""
-  plain, inspecting = compiled(config, optimizer)
+  config, mesh, watch = run.config, run.mesh, run.watch
+  plain, inspecting = updates
+  met = set()
   for step in range(int(state.step), config.steps):
+    done = step + 1
+    watch.at(done, 'data')
     log.before(step)
-    batch = next(batches)
-    rows = pipeline.to_device(batch, mesh)
+    batch = next(run.batches)
+    rows = pipeline.to_device(batch, mesh, config.data.batch)
+    stop = hosts.anywhere(run.asked.raised > 0, mesh)
     update = inspecting if inspects(config, step) else plain
+    watch.at(done, 'step' if update in met else 'compile')
+    met.add(update)
     with jax.transfer_guard('disallow'):
       state, fresh = update(state, rows)
-    done = step + 1
-    log.after(done, fresh, batch, batches.counts, state.params)
-    if done % config.checkpoint.every == 0 or done == config.steps:
+    log.after(done, fresh, batch, run.batches.counts, state.params)
+    watch.at(done, 'step')
+    stop = bool(stop) and done < config.steps
+    if stop or done % config.checkpoint.every == 0 or done == config.steps:
       log.flush(state.params)  # a bad step must not become a checkpoint
-      checkpoints.save(state, batches, step=done, extra=note)
+      watch.at(done, 'save')
+      note = run.note | {'guard': run.guard.state()}
+      run.checkpoints.save(state, run.batches, step=done, extra=note)
+    if stop:
+      run.checkpoints.wait()
+      raise run.asked.stopped(done)
   return state
+
+
+def _rewind(run: _Run, error: journal.TrainingError) -> train_state.TrainState:
+  """The state of the newest checkpoint; the data stay where they are.
+
+  Raises:
+    TrainingError: `error`, where the guard says so.
+  """
+  run.checkpoints.wait()
+  step = run.guard.rewind(error, run.checkpoints.steps())
+  abstract = train_state.abstract(run.config.model, run.mesh, run.optimizer)
+  restored = run.checkpoints.restore(abstract, None, step)
+  for _ in range(run.guard.skip):
+    next(run.batches)
+  skipped = run.watch.step - step + run.guard.skip
+  run.guard.resume(restored.extra['guard'], skipped)
+  hosts.say(f'{error}; back to step {step}, {skipped} batches are left out')
+  return restored.state
 
 
 def compiled(

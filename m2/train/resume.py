@@ -10,6 +10,7 @@ import optax
 from m2 import config as settings
 from m2.checkpoint import store
 from m2.data import tokenizer as tokenizers
+from m2.parallel import hosts
 from m2.train import state as train_state
 
 # What a run is: changed between start and resume, its steps would no longer
@@ -51,8 +52,8 @@ def begin(
   checkpoints: store.Store,
   batches: Any,
   run_note: dict[str, Any],
-) -> train_state.TrainState:
-  """The state to go on from; moves `batches` to its place.
+) -> store.Restored:
+  """State, step and extra to go on from; moves `batches` to its place.
 
   Args:
     config: `checkpoint`, `model` and `seed` are read.
@@ -72,16 +73,17 @@ def begin(
     abstract = train_state.abstract(config.model, mesh, optimizer)
     restored = checkpoints.restore(abstract, batches, on_corrupt=on_corrupt)
     for line in changes(restored.extra, run_note, str(checkpoints.directory)):
-      print(line, flush=True)
-    print(f'resumed from step {restored.step}', flush=True)
-    return restored.state
+      hosts.say(line)
+    hosts.say(f'resumed from step {restored.step}')
+    return restored
   if config.checkpoint.init_from:
     path = pathlib.Path(config.checkpoint.init_from)
     params = store.load_params(path, config.model, mesh)
     _check_tokenizer(path, run_note)
-    return train_state.start(params, mesh, optimizer)
+    return store.Restored(train_state.start(params, mesh, optimizer), 0, {})
   key = jax.random.key(config.seed)
-  return train_state.create(config.model, key, mesh, optimizer)
+  state = train_state.create(config.model, key, mesh, optimizer)
+  return store.Restored(state, 0, {})
 
 
 def changes(

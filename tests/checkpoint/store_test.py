@@ -184,7 +184,7 @@ class CorruptTest(parameterized.TestCase):
     self.assertGreaterEqual(noticed, 8)
 
   def test_the_previous_one_is_used_when_asked(self):
-    meta = self.folder / '20' / 'meta' / 'process_0-of-1.json'
+    meta = self.folder / '20' / 'meta' / 'value.json'
     self.damage(meta, 'flipped')
     with self.assertRaisesRegex(store.CheckpointError, 'is corrupt'):
       self.restore()
@@ -210,7 +210,7 @@ class CorruptTest(parameterized.TestCase):
       store.load_params('/does/not/exist', small.MODEL)
 
   def test_another_format_is_refused(self):
-    path = self.folder / '20' / 'meta' / 'process_0-of-1.json'
+    path = self.folder / '20' / 'meta' / 'value.json'
     body = path.read_text().partition('\n')[2].strip()
     body = json.dumps(json.loads(body) | {'format': 'm2-jax checkpoint 9'})
     digest = directory.digest(body)

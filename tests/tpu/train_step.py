@@ -54,6 +54,7 @@ def main(topology: str, fsdp: int, expert: int) -> None:
     optim=config.OptimConfig(),
     loss=config.LossConfig(),
     log=config.LogConfig(),
+    guard=config.GuardConfig(),
   )
   optimizer = optim.make(cfg.optim, cfg.steps)
   state = train_state.abstract(MODEL, mesh, optimizer)

@@ -49,6 +49,7 @@ def run_config(modules: int = 0, **changes) -> config.RunConfig:
     'data': config.DataConfig(batch=ROWS, length=LENGTH),
     'checkpoint': config.CheckpointConfig(every=4),
     'log': config.LogConfig(introspect=0, tensorboard=False),
+    'guard': config.GuardConfig(),
   }
   fields = {'mode': 'pretrain', 'steps': 20}
   for name, value in changes.items():

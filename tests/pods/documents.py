@@ -1,0 +1,32 @@
+"""Documents whose tokens say which one they are."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from m2.data import tokenizer
+
+COUNT = 240
+LENGTH = 8  # tokens of a document; two fill a row of 16
+VOCAB = 320
+_BASE = 100
+
+
+def write(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """Writes all of them and a tokenizer; their paths."""
+  rows = [
+    {'tokens': [number // _BASE, number % _BASE, *range(2, LENGTH)]}
+    for number in range(COUNT)
+  ]
+  source = folder / 'documents.jsonl'
+  source.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  words = tokenizer.train(['the quick brown fox'], VOCAB)
+  words.save(folder / 'tokenizer.json')
+  return source, folder / 'tokenizer.json'
+
+
+def numbers(tokens_T: np.ndarray, positions_T: np.ndarray) -> list[int]:
+  """Numbers of the documents in a row without padding."""
+  starts = np.flatnonzero(positions_T == 0)
+  return [int(tokens_T[at]) * _BASE + int(tokens_T[at + 1]) for at in starts]
