@@ -130,7 +130,7 @@ apply() {
   fi
 }
 
-xpk() {
+apply_by_xpk() {
   local options=("--project=$PROJECT" "--zone=$ZONE" "--cluster=$CLUSTER"
     "--workload=$NAME" "--tpu-type=$TPU" "--num-slices=$SLICES"
     "--docker-image=$IMAGE" --docker-name=main "--max-restarts=$RESTARTS"
@@ -188,7 +188,7 @@ case $action in
     ;;
   secrets) secrets ;;
   apply) apply "$@" ;;
-  xpk) xpk "$@" ;;
+  xpk) apply_by_xpk "$@" ;;
   status)
     step kubectl get jobset "$NAME" "--namespace=$NAMESPACE"
     step kubectl get pods "--namespace=$NAMESPACE" \
