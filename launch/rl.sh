@@ -56,8 +56,8 @@ needed
 
 devices=()
 [[ $PLATFORM != cpu ]] || devices=(JAX_PLATFORMS=cpu)
-main=(${devices[@]+"${devices[@]}"} .venv/bin/python main.py
-  --config.forge.runner=ray "$@")
+main=(${devices[@]+"${devices[@]}"} .venv/bin/python main.py "$@"
+  --config.forge.runner=ray)  # overrides come after --config
 ray=(env RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 "PYTHONPATH=$PWD"
   .venv/bin/ray start --block --disable-usage-stats)
 case $role in

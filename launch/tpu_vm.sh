@@ -147,8 +147,9 @@ secrets() {
 run() {
   [[ $# -gt 0 ]] || fail 'run what? Such as: run --config=configs/m2.py'
   check_secrets
-  local name commands=('cd m2-jax' 'mountpoint -q ../bucket' 'mkdir -p logs'
-    '{ ! kill -0 $(cat logs/pid) 2>/dev/null; }')
+  local name commands=('cd m2-jax' 'mountpoint ../bucket' 'mkdir -p logs'
+    '{ ! kill -0 $(cat logs/pid) || { echo main.py runs already; false; }; } \
+2>/dev/null')
   for name in ${SECRETS:-}; do  # each host reads them by itself
     commands+=("export $name=\"\$(gcloud secrets versions access latest \
 --secret=$NAME-$name --project=$PROJECT)\"")

@@ -62,7 +62,7 @@ class HostsTest(absltest.TestCase):
     self.addCleanup(_end, process)
     return process
 
-  def finish(self, process: subprocess.Popen, seconds: float = 400) -> str:
+  def finish(self, process: subprocess.Popen, seconds: float = 900) -> str:
     """What everybody printed, once `process` has ended well."""
     code = process.wait(timeout=seconds)
     said = (self.root / 'log').read_text()
