@@ -60,6 +60,8 @@ main=(${devices[@]+"${devices[@]}"} .venv/bin/python main.py "$@"
   --config.forge.runner=ray)  # overrides come after --config
 ray=(env RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 "PYTHONPATH=$PWD"
   .venv/bin/ray start --block --disable-usage-stats)
+# Whether Ray's head listens.
+up="(: >$(quoted "/dev/tcp/${TRAINER:-}/$PORT")) 2>/dev/null"
 case $role in
   local)
     step bash launch/env.sh "$PLATFORM" launch/ray.txt
@@ -73,15 +75,15 @@ case $role in
     main=(env RAY_AUTH_MODE=token "RAY_ADDRESS=$TRAINER:$PORT" "${main[@]}")
     if [[ $dry == yes ]]; then
       echo "$(quoted "${head[@]}") &"
-      echo "until (: >/dev/tcp/$TRAINER/$PORT) 2>/dev/null; do sleep 1; done"
+      echo "until $up; do sleep 1; done"
       quoted "${main[@]}"
       echo '; kill $!'
       exit
     fi
     "${head[@]}" >/dev/null &
     cluster=$!
-    trap 'kill "$cluster" 2>/dev/null || true' EXIT
-    until (: >"/dev/tcp/$TRAINER/$PORT") 2>/dev/null; do
+    trap 'kill "$cluster" 2>/dev/null && wait "$cluster" || true' EXIT
+    until eval "$up"; do
       kill -0 "$cluster" 2>/dev/null || fail "Ray did not start (see above)"
       sleep 1
     done
@@ -97,6 +99,8 @@ case $role in
     ;;
   agents)
     step bash launch/env.sh cpu launch/ray.txt
+    [[ $dry == yes ]] || say "waiting for the trainer at $TRAINER:$PORT"
+    shell_step "until $up; do sleep 1; done"
     step "${ray[@]}" "--address=$TRAINER:$PORT" ${CPUS:+"--num-cpus=$CPUS"}
     ;;
 esac

@@ -122,7 +122,7 @@ class HostsTest(absltest.TestCase):
     for episode in episodes:
       self.assertNotEmpty(episode.completions)
     for host in agents:  # they go when the trainer has gone
-      host.wait(timeout=90)
+      host.wait(timeout=180)
 
   def test_agents_with_another_token_are_kept_out(self):
     port, token = str(_free_port()), secrets.token_hex(32)

@@ -7,6 +7,7 @@ calls without it: so the tests hold no copy of what is printed.
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -41,7 +42,6 @@ CALLS = (
   ('gpu.sh', project.RUN, {'PLATFORM': 'cpu', 'DEVICES': '3'}),
   ('gpu.sh', project.RUN, project.GPUS | {'PROCESSES': '2'}),
   ('rl.sh', ['local', *project.RUN], {'PLATFORM': 'cpu'}),
-  ('rl.sh', ['agents'], RL | {'CPUS': '3'}),
 )  # fmt: skip
 # Script, arguments, variables, and variable -> what shows that it was heard.
 HEARD = (
@@ -149,6 +149,15 @@ WRONG = (
 class DryRunTest(project.Project):
   @parameterized.parameters(*CALLS)
   def test_prints_what_is_done_and_does_nothing(self, script, words, given):
+    self.check_same(script, words, given)
+
+  def test_agents_do_what_they_print_once_the_trainer_listens(self):
+    with socket.create_server(('127.0.0.1', 0)) as trainer:
+      port = str(trainer.getsockname()[1])
+      self.check_same('rl.sh', ['agents'], RL | {'CPUS': '3', 'PORT': port})
+
+  def check_same(self, script, words, given):
+    """A dry run, then its lines pasted, against the run itself."""
     secrets = {
       name: f'{project.SECRET}-{name}' for name in ('TOKEN_A', 'TOKEN_B')
     }
