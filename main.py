@@ -37,6 +37,8 @@ ON_HOSTS = ('pretrain', 'sft')
 
 def main(_) -> None:
   """Freezes the config, keeps it in the workdir, runs its mode."""
+  for name, value in common.compilation_cache().items():
+    os.environ.setdefault(name, value)  # before jax is imported
   try:
     config = settings.RunConfig.from_config(CONFIG.value)
     rank = join(config.mode)
@@ -89,8 +91,6 @@ def join(mode: str) -> int:
 
 def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
   """Runs the mode's module; fine-tuning is given its demonstrations."""
-  for name, value in common.compilation_cache().items():
-    os.environ.setdefault(name, value)
   module, given = importlib.import_module(RUNS[config.mode]), ()
   if config.mode == 'sft' and config.data.source == 'tasks':
     from m2.agents import whitebox

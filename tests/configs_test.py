@@ -115,5 +115,53 @@ class VariantTest(parameterized.TestCase):
       rerun.get_config(path)
 
 
+class HostsTest(parameterized.TestCase):
+  def test_alone_unless_told_otherwise(self):
+    for environ in (
+      {},
+      {'SLURM_NTASKS': '8'},  # inside salloc, not started by srun
+      {'SLURM_NTASKS': '1', 'SLURM_STEP_NODELIST': 'n1'},
+      {'TPU_WORKER_HOSTNAMES': 'localhost'},
+    ):
+      self.assertIsNone(common.hosts(environ), environ)
+
+  @parameterized.parameters(
+    {'SLURM_NTASKS': '8', 'SLURM_STEP_NODELIST': 'n[1-8]'},
+    {'OMPI_COMM_WORLD_SIZE': '2'},
+    {'TPU_WORKER_HOSTNAMES': 'a,b'},
+    {'MEGASCALE_NUM_SLICES': '2', 'TPU_WORKER_HOSTNAMES': 'a'},
+    {'M2_HOSTS': 'auto'},
+  )
+  def test_jax_finds_what_a_scheduler_says(self, **environ):
+    self.assertEqual(common.hosts(environ), (None, None, None))
+
+  def test_what_is_given_comes_first(self):
+    environ = {
+      'JAX_COORDINATOR_ADDRESS': 'a:1234',
+      'JAX_NUM_PROCESSES': '4',
+      'JAX_PROCESS_ID': '3',
+      'OMPI_COMM_WORLD_SIZE': '2',
+    }
+    self.assertEqual(common.hosts(environ), ('a:1234', 4, 3))
+
+  @parameterized.parameters(
+    ('a:1', '', '0', 'all three'),
+    ('', '2', '0', 'HOST:PORT'),
+    ('a:1', '2', 'x', 'all three'),
+    ('a', '2', '0', 'HOST:PORT'),
+    ('a:1', '2', '2', 'id < number'),
+  )
+  def test_half_of_it_is_refused(self, address, count, index, message):
+    environ = {
+      'JAX_COORDINATOR_ADDRESS': address,
+      'JAX_NUM_PROCESSES': count,
+      'JAX_PROCESS_ID': index,
+    }
+    with self.assertRaisesRegex(ValueError, message):
+      common.hosts(environ)
+    with self.assertRaisesRegex(ValueError, 'M2_HOSTS'):
+      common.hosts({'M2_HOSTS': 'yes'})
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -49,7 +49,10 @@ class Standing:
   """Who has stood still for how long, by one clock; pure."""
 
   def __init__(self, limit: float):
-    """A host is named after `limit` seconds, or three of the slowest step."""
+    """A host is named after `limit` seconds, or three of the slowest step.
+
+    One that does not even beat is named after half of them.
+    """
     self._limit = limit
     self._slowest = 0.0  # time that a host took before it went on unnamed
     self._beats: dict[int, Beat] = {}
@@ -96,7 +99,7 @@ class Standing:
     return max(self._limit, 3 * self._slowest)
 
   def _silent(self, index: int, now: float) -> bool:
-    return now - self._heard[index] > self._limit
+    return now - self._heard[index] > self._limit / 2  # three beats
 
   def is_late(self, index: int, now: float) -> bool:
     """Whether process `index` has stood still for too long."""

@@ -81,11 +81,12 @@ class PipelineTest(parameterized.TestCase):
     self.assertNotIn('say', trained)
     self.assertTrue((batch['weights'][batch['until'] == 0] == 0).all())
 
-  def test_hosts_split_the_source_and_leave_nothing_out(self):
-    """Over the first epoch of each host, in any order."""
+  def test_shards_split_the_source_and_leave_nothing_out(self):
+    """Over the first epoch of each, in any order."""
     epochs = []
-    for host in range(3):
-      iterator = self.make(change(batch=3), process_index=host, process_count=3)
+    for row in range(3):
+      iterator = self.make(change(batch=3, shards=3), wanted=[row])
+      self.assertEqual(list(iterator.get_state()), [f'{row}-of-3'])
       seen = set()
       while len(seen) < 100:
         batch = next(iterator)
@@ -95,11 +96,34 @@ class PipelineTest(parameterized.TestCase):
     self.assertEqual([len(seen) for seen in epochs], [100, 100, 100])
     self.assertEqual(set.union(*epochs), set(range(300)))
 
+  @parameterized.product(
+    shards=(1, 2, 4),
+    hosts=([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]], [[1, 2]]),
+  )
+  def test_rows_do_not_depend_on_the_hosts(self, shards, hosts):
+    """Started on one host, gone on with on others: the rows of one alone."""
+    cfg = change(shards=shards)
+    whole = self.make(cfg)
+    for _ in range(3):
+      next(whole)
+    state = json.loads(json.dumps(whole.get_state()))
+    parts = [self.make(cfg, wanted=rows) for rows in hosts]
+    for part in parts:
+      part.set_state(state)
+    for _ in range(3):
+      batch = next(whole)
+      for rows, part in zip(hosts, parts):
+        for name, x_BT in next(part).items():
+          np.testing.assert_array_equal(x_BT, batch[name][rows])
+    # And back: what the hosts have of the state is the state of one alone.
+    merged = {k: v for part in parts for k, v in part.get_state().items()}
+    self.assertEqual(merged, {name: whole.get_state()[name] for name in merged})
+
   def windows(self, count, **kwargs):
     """The numbers in the first windows, in order."""
     iterator = self.make(change(batch=1, length=512), **kwargs)
     batches = []
-    while iterator.get_state()['window'] < count:
+    while iterator.get_state()['0-of-1']['window'] < count:
       batches.append(next(iterator))
     return self.numbers(batches[:-1])  # the last begins the next window
 
@@ -156,11 +180,11 @@ class PipelineTest(parameterized.TestCase):
     self.assertIn('be read', self.tok.decode(batch['tokens'][0]))
 
   @parameterized.parameters(
-    ({'batch': 3}, {'process_count': 2}, 'data.batch=3 .* 2 hosts'),
+    ({'batch': 4, 'shards': 3}, {}, 'data.batch=4 .* data.shards=3'),
     ({'length': 1}, {}, 'data.length=1'),
     ({'source': 'tasks'}, {'source': None}, 'data.source=tasks'),
     ({}, {'source': []}, 'no rows'),
-    ({}, {'source': [{'text': 'x'}], 'process_count': 4}, '1 rows for 4 hosts'),
+    ({'shards': 4}, {'source': [{'text': 'x'}]}, '1 rows for data.shards=4'),
   )
   def test_refuses(self, changes, kwargs, error):
     with self.assertRaisesRegex(ValueError, error):
@@ -218,13 +242,14 @@ class DeviceTest(absltest.TestCase):
     cfg = config.MeshConfig(data=2, fsdp=2, expert=2, tensor=1)
     mesh = meshes.make_mesh(cfg)
     batch = {'tokens': np.arange(8 * 4, dtype=np.int32).reshape(8, 4)}
-    array = pipeline.to_device(batch, mesh)['tokens']
+    self.assertEqual(pipeline.local_rows(mesh, 8), list(range(8)))
+    array = pipeline.to_device(batch, mesh, 8)['tokens']
     np.testing.assert_array_equal(array, batch['tokens'])
     self.assertLen({s.device for s in array.addressable_shards}, 8)
     self.assertEqual({s.data.shape for s in array.addressable_shards}, {(1, 4)})
     self.assertEqual(jax.typeof(array).sharding.spec[0], pipeline.ROW_AXES)
     with self.assertRaisesRegex(ValueError, 'data.batch=4 .* 8 shards'):
-      pipeline.to_device({'tokens': batch['tokens'][:4]}, mesh)
+      pipeline.local_rows(mesh, 4)
 
 
 if __name__ == '__main__':

@@ -5,10 +5,13 @@ import pathlib
 
 import numpy as np
 
+from m2 import config as settings
 from m2.data import tokenizer
 
-COUNT = 240
 LENGTH = 8  # tokens of a document; two fill a row of 16
+# An epoch. The pipeline packs and shuffles this many together, so that the
+# batches of an epoch hold each of them once, and no other.
+COUNT = 8192
 VOCAB = 320
 _BASE = 100
 
@@ -30,3 +33,8 @@ def numbers(tokens_T: np.ndarray, positions_T: np.ndarray) -> list[int]:
   """Numbers of the documents in a row without padding."""
   starts = np.flatnonzero(positions_T == 0)
   return [int(tokens_T[at]) * _BASE + int(tokens_T[at + 1]) for at in starts]
+
+
+def in_batch(cfg: settings.RunConfig) -> int:
+  """How many a batch holds."""
+  return cfg.data.batch * cfg.data.length // LENGTH

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from configs import common
 from m2 import config as settings
 from m2.checkpoint import directory
 from tests.pods import documents
@@ -72,10 +73,14 @@ class Pod:
     kept.write_text(settings.to_config(cfg).to_json())
     command = [sys.executable, '-m', 'tests.pods.worker']
     command += [f'--config=configs/rerun.py:{kept}', f'--workdir={workdir}']
-    common = os.environ | {
-      'JAX_NUM_CPU_DEVICES': str(devices // processes),
-      'ATTEMPT': str(attempt),
-    }
+    shared = (
+      common.compilation_cache()
+      | os.environ
+      | {
+        'JAX_NUM_CPU_DEVICES': str(devices // processes),
+        'ATTEMPT': str(attempt),
+      }
+    )
     address = f'127.0.0.1:{_free_port()}'
     self.processes, self._logs = [], []
     for index in range(processes):
@@ -91,7 +96,7 @@ class Pod:
           subprocess.Popen(
             command,
             cwd=ROOT,
-            env=common | (several if processes > 1 else {}),
+            env=shared | (several if processes > 1 else {}),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -137,7 +142,9 @@ class Pod:
     while not moment():
       ended = any(process.poll() is not None for process in self.processes)
       if ended or time.monotonic() > until:
-        logs = '\n---\n'.join(self.log(i)[-3000:] for i in range(len(self._logs)))
+        logs = '\n---\n'.join(
+          self.log(i)[-3000:] for i in range(len(self._logs))
+        )
         raise AssertionError(f'ended={ended}, waited in vain:\n{logs}')
       time.sleep(every)
 

@@ -1,5 +1,7 @@
 """A run learns, resumes to the bit after a kill, and stops on bad numbers."""
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -8,13 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from unittest import mock
 
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from m2.checkpoint import store
-from m2.train import journal, loop
+from m2.data import pipeline
+from m2.train import journal, loop, signals
 from tests.train import small, worker
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -112,6 +117,142 @@ class LoopTest(parameterized.TestCase):
       ValueError, 'data.batch=8 .* optim.accumulate=2 times the 8 shards'
     ):
       run_loop(self.workdir(), 'optim.accumulate=2')
+
+
+class StopTest(parameterized.TestCase):
+  """Asked to stop, a run saves within a step and goes on to the bit."""
+
+  @parameterized.parameters((signal.SIGTERM, 143), (signal.SIGINT, 130))
+  def test_a_signal_saves_and_ends(self, number, code):
+    whole, torn = (
+      pathlib.Path(self.create_tempdir(name).full_path)
+      for name in ('whole', 'torn')
+    )
+    before = signal.getsignal(number)
+    with on_batch(7, lambda batch: os.kill(os.getpid(), number) or batch):
+      with self.assertRaises(signals.Stopped) as stopped:
+        run_loop(torn)
+    self.assertEqual(stopped.exception.code, code)
+    self.assertIs(signal.getsignal(number), before)
+    self.assertEqual(checkpoints(torn), ['4', '7'])
+    self.assertLen(losses(torn), 7)
+    run_loop(torn, 'steps=40')
+    run_loop(whole)
+    self.assertEqual(losses(torn), losses(whole))
+
+  def test_one_in_the_last_step_changes_nothing(self):
+    workdir = pathlib.Path(self.create_tempdir().full_path)
+    with on_batch(STEPS, lambda b: os.kill(os.getpid(), signal.SIGTERM) or b):
+      self.assertEqual(run_loop(workdir).step, STEPS)
+
+
+@contextlib.contextmanager
+def on_batch(number: int, change):
+  """Calls `change` on the batch drawn as `number`-th (from 1)."""
+  draw, drawn = pipeline.BatchIterator.__next__, itertools.count(1)
+
+  def changed(self):
+    batch = draw(self)
+    return change(batch) if next(drawn) == number else batch
+
+  with mock.patch.object(pipeline.BatchIterator, '__next__', changed):
+    yield
+
+
+def not_finite(batch):
+  return batch | {'weights': batch['weights'] * np.nan}
+
+
+def senseless(batch):
+  """Other words than the text: a loss as before any training."""
+  shuffled = np.random.default_rng(0).permutation(batch['targets'].ravel())
+  return batch | {'targets': shuffled.reshape(batch['targets'].shape)}
+
+
+class GuardTest(parameterized.TestCase):
+  """A bad batch at step 30; the newest checkpoint is that of step 28."""
+
+  def setUp(self):
+    super().setUp()
+    self.workdir = pathlib.Path(self.create_tempdir().full_path)
+
+  @parameterized.parameters(
+    (not_finite, 'step 30 is not finite: .* sound'),
+    (senseless, 'step 30 is a spike: loss .* deviations above'),
+  )
+  def test_stops(self, change, message):
+    with on_batch(30, change):
+      with self.assertRaisesRegex(journal.TrainingError, message) as caught:
+        run_loop(self.workdir, 'guard.spike=8')
+    self.assertRegex(
+      caught.exception.__notes__[0], 'on host 0 of 1 .*, at step'
+    )
+    self.assertEqual(checkpoints(self.workdir), ['24', '28'])
+
+  @parameterized.parameters(not_finite, senseless)
+  def test_rewinds_and_leaves_the_batches_out(self, change):
+    plain = pathlib.Path(self.create_tempdir('plain').full_path)
+    run_loop(plain, 'steps=40')
+    with on_batch(30, change):
+      run_loop(self.workdir, 'guard.policy=rewind', 'guard.spike=8')
+    rows, others = lines(self.workdir), lines(plain)
+    self.assertEqual([row['step'] for row in rows], list(range(1, STEPS + 1)))
+    self.assertEqual(
+      [row['guard/rewinds'] for row in rows], [0] * 28 + [1] * 12
+    )
+    # Batches 29 to 31: the bad one is found while the next is under way.
+    skipped = {row['guard/skipped'] for row in rows[28:]}
+    self.assertEqual(skipped, {3})
+    self.assertEqual(
+      [row['data/hash'] for row in rows[28:37]],
+      [row['data/hash'] for row in others[31:40]],
+    )
+    self.assertEqual(
+      lines(self.workdir, 'introspection')[-1]['guard/rewinds'], 1
+    )
+    self.assertLess(rows[-1]['loss'], rows[0]['loss'] - 1)
+
+  def test_a_run_killed_after_a_rewind_meets_it_again_to_the_bit(self):
+    """The bad batch is in the data: it comes again after a restart."""
+    bad = 0
+
+    def marked(batch):
+      nonlocal bad
+      bad = zlib.crc32(batch['tokens'].tobytes())
+      return batch
+
+    with on_batch(30, marked):
+      run_loop(self.workdir)
+
+    draw = pipeline.BatchIterator.__next__
+
+    def poisoned(self):
+      batch = draw(self)
+      hit = zlib.crc32(batch['tokens'].tobytes()) == bad
+      return not_finite(batch) if hit else batch
+
+    whole, torn = (self.workdir / name for name in ('whole', 'torn'))
+    arguments = ('guard.policy=rewind', 'steps=40')
+    with mock.patch.object(pipeline.BatchIterator, '__next__', poisoned):
+      run_loop(whole, *arguments)
+      with on_batch(33, lambda _: 1 / 0):
+        with self.assertRaises(ZeroDivisionError):
+          run_loop(torn, *arguments)
+      self.assertEqual(checkpoints(torn), ['24', '28'])
+      run_loop(torn, *arguments)
+    self.assertEqual(losses(torn), losses(whole))
+    self.assertEqual(
+      lines(torn)[-1]['guard/rewinds'], lines(whole)[-1]['guard/rewinds']
+    )
+
+  def test_gives_up_on_data_that_stay_bad(self):
+    draw = pipeline.BatchIterator.__next__
+    with mock.patch.object(
+      pipeline.BatchIterator, '__next__', lambda self: not_finite(draw(self))
+    ):
+      with self.assertRaises(journal.TrainingError) as caught:
+        run_loop(self.workdir, 'guard.policy=rewind')
+    self.assertIn('no checkpoint yet', ' '.join(caught.exception.__notes__))
 
 
 class KillTest(parameterized.TestCase):
