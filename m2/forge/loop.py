@@ -62,13 +62,7 @@ def run(
     m2.train.signals.Stopped: a signal asked for it; the last step is saved.
   """
   check(config)
-  mesh = meshes.make_mesh(config.mesh)
-  ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
-  if config.forge.lines % ways:
-    raise ValueError(
-      f'forge.lines={config.forge.lines} is not a multiple of the {ways} '
-      'devices that lines are split over (mesh data * fsdp * expert)'
-    )
+  mesh = _mesh(config)
   tokenizer = evaluate.tokenizer(config.checkpoint.init_from)
   tokenizer.save(workdir / 'tokenizer.json')
   forge = config.forge
@@ -80,13 +74,7 @@ def run(
     rollout.Scene() as scene,
     signals.Signals() as asked,
   ):
-    rollouts = rollout.Rollouts(
-      windows.WindowedFifo(math.ceil(forge.window * forge.in_flight)),
-      pool,
-      in_flight=forge.in_flight,
-      group_size=forge.group_size,
-      seed=config.seed,
-    )
+    rollouts = _rollouts(config, pool)
     batches = iter(dataset.RolloutDataset(rollouts, scene, forge))
     optimizer = optim.make(config.optim, config.steps)
     note = resume.note(config, tokenizer)
@@ -128,6 +116,30 @@ def run(
         asked,
         save,
       )
+
+
+def _mesh(config: settings.RunConfig) -> jax.sharding.Mesh:
+  mesh = meshes.make_mesh(config.mesh)
+  ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
+  if config.forge.lines % ways:
+    raise ValueError(
+      f'forge.lines={config.forge.lines} is not a multiple of the {ways} '
+      'devices that lines are split over (mesh data * fsdp * expert)'
+    )
+  return mesh
+
+
+def _rollouts(
+  config: settings.RunConfig, pool: pools.DataPool
+) -> rollout.Rollouts:
+  forge = config.forge
+  return rollout.Rollouts(
+    windows.WindowedFifo(math.ceil(forge.window * forge.in_flight)),
+    pool,
+    in_flight=forge.in_flight,
+    group_size=forge.group_size,
+    seed=config.seed,
+  )
 
 
 def _players(config, cast, gateway, scene, stack):
