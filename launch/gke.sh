@@ -10,7 +10,7 @@
 #   status    the jobset and its pods
 #   logs      follows main.py on host 0; WORKER=3, SLICE=1 for another
 #   fetch     copies the run's folder from the bucket to runs/NAME
-#   delete    ends the run (SIGTERM, time to save) and deletes its secret
+#   delete    ends the run (SIGTERM, time to save); deletes what `secrets` made
 #
 # kubectl goes to its current context: gcloud container clusters
 # get-credentials CLUSTER. Variables:
@@ -201,11 +201,12 @@ case $action in
       "--namespace=$NAMESPACE" "--selector=$pod"
     ;;
   fetch)
+    step mkdir -p "runs/$NAME"
     step gcloud storage rsync --recursive "gs://$BUCKET/$NAME" "runs/$NAME"
     ;;
   delete)
     step kubectl delete jobset "$NAME" "--namespace=$NAMESPACE"
-    step kubectl delete secret "$NAME" "--namespace=$NAMESPACE" \
-      --ignore-not-found
+    [[ -z ${SECRETS:-} ]] ||
+      step kubectl delete secret "$NAME" "--namespace=$NAMESPACE"
     ;;
 esac

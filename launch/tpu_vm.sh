@@ -117,7 +117,10 @@ copy() {
 }
 
 setup() {
-  ssh_all 'cd m2-jax && bash launch/env.sh tpu'
+  # The images' own Python is older than 3.12; uv, which env.sh asks, has one.
+  local uv='curl -LsSf https://astral.sh/uv/install.sh | sh'
+  ssh_all "command -v uv ~/.local/bin/uv || $uv"
+  ssh_all 'cd m2-jax && PATH=$PATH:~/.local/bin bash launch/env.sh tpu'
   # As gcsfuse's own guide installs it.
   local from=https://packages.cloud.google.com/apt
   local key=/usr/share/keyrings/cloud.google.asc
@@ -194,7 +197,10 @@ case $action in
     ssh_all 'hostname; ps -o pid,etime,args -p $(cat m2-jax/logs/pid)'
     ;;
   stop) ssh_all 'kill -TERM $(cat m2-jax/logs/pid)' ;;
-  fetch) step gcloud storage rsync --recursive "gs://$BUCKET/$NAME" "runs/$NAME" ;;
+  fetch)
+    step mkdir -p "runs/$NAME"
+    step gcloud storage rsync --recursive "gs://$BUCKET/$NAME" "runs/$NAME"
+    ;;
   delete)
     check_secrets
     step "${tpus[@]}" delete "$NAME" "${here[@]}" --force

@@ -262,6 +262,7 @@ class Runner:
   def _lost(self, worker, task, episode, error) -> types.Reward:
     if worker in self._workers:
       self._workers.remove(worker)
+      ray.kill(worker.actor)  # one that is out of reach would keep its CPU
     reason = str(error).strip().splitlines()[0]
     evidence = f'worker {worker.name} died in task {task.id}: {reason}'
     print(f'rollout: episode {episode}: {evidence}', file=sys.stderr)
