@@ -17,7 +17,7 @@ import numpy as np
 from jax._src import distributed  # the only way to the key-value store
 
 _FAILED = 'm2/failed'
-_BARRIER_MS = 600_000
+_MEETING_MS = 1_800_000  # the longest compilation, and more
 
 
 def join(
@@ -71,21 +71,31 @@ def _any(flags_D: jax.Array) -> jax.Array:
   return flags_D.any()
 
 
+def meet(label: str) -> None:
+  """Waits until all processes are here, without the devices.
+
+  Before a program runs for the first time: they may take different times to
+  compile it, and collectives on CPU give up after half a minute.
+
+  Args:
+    label: names the meeting; once a run.
+  """
+  if store := distributed.global_state.client:
+    store.wait_at_barrier(f'm2/{label}', _MEETING_MS)
+
+
 def first[T](label: str, make: Callable[[], T]) -> T:
   """Calls `make` on process 0, then on the others: they find what it wrote.
 
   Args:
-    label: names the meeting point; once a run.
+    label: names the meeting between the two; once a run.
     make: what to call.
   """
-  store = distributed.global_state.client
-  if store is None:
-    return make()
   if jax.process_index() == 0:
     made = make()
-    store.wait_at_barrier(f'm2/{label}', _BARRIER_MS)
+    meet(label)
     return made
-  store.wait_at_barrier(f'm2/{label}', _BARRIER_MS)
+  meet(label)
   return make()
 
 

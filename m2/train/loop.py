@@ -124,35 +124,35 @@ def _check(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> None:
 
 def _train(run: _Run, state: train_state.TrainState) -> train_state.TrainState:
   """Steps to the end; bad ones lead back to a checkpoint, if so configured."""
-  updates = compiled(run.config, run.optimizer)
+  updates, programs = compiled(run.config, run.optimizer), {}
   while True:
     start = int(state.step)
     with journal.Journal(run.config, run.workdir, start, run.guard) as log:
       try:
-        return _steps(run, updates, state, log)
+        return _steps(run, updates, programs, state, log)
       except journal.TrainingError as error:
         state = _rewind(run, error)
 
 
-def _steps(run, updates, state, log):
+def _steps(run, updates, programs, state, log):
   """The loop itself; `log` reads each step's numbers during the next."""
   config, mesh, watch = run.config, run.mesh, run.watch
-  plain, inspecting = updates
-  met = set()
   for step in range(int(state.step), config.steps):
     done = step + 1
     watch.at(done, 'data')
     log.before(step)
     batch = next(run.batches)
     rows = pipeline.to_device(batch, mesh, config.data.batch)
+    looks = inspects(config, step)
+    if looks not in programs:
+      watch.at(done, 'compile')
+      programs[looks] = updates[looks].lower(state, rows).compile()
+      hosts.meet(f'compiled {done}')
     stop = hosts.anywhere(run.asked.raised > 0, mesh)
-    update = inspecting if inspects(config, step) else plain
-    watch.at(done, 'step' if update in met else 'compile')
-    met.add(update)
-    with jax.transfer_guard('disallow'):
-      state, fresh = update(state, rows)
-    log.after(done, fresh, batch, run.batches.counts, state.params)
     watch.at(done, 'step')
+    with jax.transfer_guard('disallow'):
+      state, fresh = programs[looks](state, rows)
+    log.after(done, fresh, batch, run.batches.counts, state.params)
     stop = bool(stop) and done < config.steps
     if stop or done % config.checkpoint.every == 0 or done == config.steps:
       log.flush(state.params)  # a bad step must not become a checkpoint

@@ -94,13 +94,13 @@ def kill_once(
     How it ran and was killed, the step it should have gone on from and the one
     it did, and the steps it had done beyond the newest checkpoint.
   """
-  layout = rng.choice(LAYOUTS)
+  layout = rng.choices(LAYOUTS, (5, 3, 2))[0]
   moment = rng.choices(MOMENTS, (1, 4, 5))[0]
   victim = rng.randrange(layout.processes)
   newest = max(pod.saved(workdir), default=0)
   with start(cfg, workdir, layout, attempt) as run:
     if moment == 'start':
-      time.sleep(rng.uniform(0, 8))
+      time.sleep(rng.uniform(0, 6))
     else:
       # Lines that the last attempt wrote beyond its checkpoint are dropped.
       more = newest + rng.randint(1, 2 * EVERY)

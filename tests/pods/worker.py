@@ -8,9 +8,11 @@ the whole batch, the numbers of the documents in it.
 import json
 import os
 import pathlib
+import types
 
 import jax
 from absl import app
+from jax._src import compiler
 
 import main
 from m2.data import pipeline
@@ -43,6 +45,15 @@ def keep_ledger() -> None:
   pipeline.local_rows, journal.Journal.after = listed, noted
 
 
+def keep_compiled() -> None:
+  """Lets every process keep the programs it compiles, as jax lets the first.
+
+  The others would compile anew at every start, and there are many starts.
+  """
+  state = types.SimpleNamespace(process_id=0, client=None)
+  compiler.distributed = types.SimpleNamespace(global_state=state)
+
+
 def folder() -> pathlib.Path:
   path = pathlib.Path(main.WORKDIR.value) / 'ledger'
   path.mkdir(exist_ok=True)
@@ -51,4 +62,5 @@ def folder() -> pathlib.Path:
 
 if __name__ == '__main__':
   keep_ledger()
+  keep_compiled()
   app.run(main.main, flags_parser=main.parse)

@@ -15,6 +15,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from m2.checkpoint import store
@@ -25,6 +26,7 @@ from tests.train import small, worker
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 40
 # One config for every test: its programs are compiled once.
+SPIKES = ('guard.spike=8', 'guard.window=15')
 ARGUMENTS = (f'steps={STEPS}', 'checkpoint.every=4', 'log.introspect=15')
 
 
@@ -46,6 +48,33 @@ def checkpoints(workdir: pathlib.Path) -> list[str]:
 def run_loop(workdir: pathlib.Path, *arguments: str):
   settings = worker.settings(*ARGUMENTS, *arguments)
   return loop.run(settings, workdir, worker.source())
+
+
+@contextlib.contextmanager
+def on_batch(number: int, change):
+  """Calls `change` on the batch drawn as `number`-th (from 1)."""
+  draw, drawn = pipeline.BatchIterator.__next__, itertools.count(1)
+
+  def changed(self):
+    batch = draw(self)
+    return change(batch) if next(drawn) == number else batch
+
+  with mock.patch.object(pipeline.BatchIterator, '__next__', changed):
+    yield
+
+
+def not_finite(batch):
+  return batch | {'weights': batch['weights'] * np.nan}
+
+
+def senseless(batch):
+  """Other words than the text: a loss as before any training."""
+  shuffled = np.random.default_rng(0).permutation(batch['targets'].ravel())
+  return batch | {'targets': shuffled.reshape(batch['targets'].shape)}
+
+
+def content(batch) -> int:
+  return zlib.crc32(batch['tokens'].tobytes())
 
 
 class LoopTest(parameterized.TestCase):
@@ -108,6 +137,37 @@ class LoopTest(parameterized.TestCase):
     self.assertIsNone(losses(workdir)[0])
     self.assertEmpty(checkpoints(workdir))
 
+  def test_asked_to_stop_it_saves_and_goes_on_to_the_bit(self):
+    workdir, before = self.workdir(), signal.getsignal(signal.SIGTERM)
+    with on_batch(7, lambda b: os.kill(os.getpid(), signal.SIGTERM) or b):
+      with self.assertRaises(signals.Stopped) as stopped:
+        run_loop(workdir)
+    self.assertEqual(stopped.exception.code, 143)
+    self.assertIs(signal.getsignal(signal.SIGTERM), before)
+    self.assertEqual(checkpoints(workdir), ['4', '7'])
+    self.assertLen(losses(workdir), 7)
+    run_loop(workdir)
+    self.assertEqual(losses(workdir), losses(self.first))
+
+  @parameterized.parameters('not_finite', 'senseless')
+  def test_a_bad_batch_is_rewound_and_left_out(self, change):
+    workdir = self.workdir()
+    with on_batch(30, globals()[change]):
+      run_loop(workdir, 'guard.policy=rewind', *SPIKES)
+    rows = lines(workdir)
+    self.assertEqual([row['step'] for row in rows], list(range(1, STEPS + 1)))
+    rewinds = [row['guard/rewinds'] for row in rows]
+    self.assertEqual(rewinds, [0] * 28 + [1] * 12)
+    # Batches 29 to 31: the bad one is found while the next is under way.
+    self.assertEqual({row['guard/skipped'] for row in rows[28:]}, {3})
+    self.assertEqual(
+      [row['data/hash'] for row in rows[28:37]],
+      [row['data/hash'] for row in lines(self.first)[31:40]],
+    )
+    looked = lines(workdir, 'introspection')
+    self.assertEqual([row['guard/rewinds'] for row in looked], [0, 1, 1])
+    self.assertLess(rows[-1]['loss'], rows[0]['loss'] - 1)
+
   def test_rows_longer_than_the_model_reaches_are_refused(self):
     with self.assertRaisesRegex(ValueError, 'data.length=65 exceeds'):
       run_loop(self.workdir(), 'data.length=65')
@@ -119,56 +179,6 @@ class LoopTest(parameterized.TestCase):
       run_loop(self.workdir(), 'optim.accumulate=2')
 
 
-class StopTest(parameterized.TestCase):
-  """Asked to stop, a run saves within a step and goes on to the bit."""
-
-  @parameterized.parameters((signal.SIGTERM, 143), (signal.SIGINT, 130))
-  def test_a_signal_saves_and_ends(self, number, code):
-    whole, torn = (
-      pathlib.Path(self.create_tempdir(name).full_path)
-      for name in ('whole', 'torn')
-    )
-    before = signal.getsignal(number)
-    with on_batch(7, lambda batch: os.kill(os.getpid(), number) or batch):
-      with self.assertRaises(signals.Stopped) as stopped:
-        run_loop(torn)
-    self.assertEqual(stopped.exception.code, code)
-    self.assertIs(signal.getsignal(number), before)
-    self.assertEqual(checkpoints(torn), ['4', '7'])
-    self.assertLen(losses(torn), 7)
-    run_loop(torn, 'steps=40')
-    run_loop(whole)
-    self.assertEqual(losses(torn), losses(whole))
-
-  def test_one_in_the_last_step_changes_nothing(self):
-    workdir = pathlib.Path(self.create_tempdir().full_path)
-    with on_batch(STEPS, lambda b: os.kill(os.getpid(), signal.SIGTERM) or b):
-      self.assertEqual(run_loop(workdir).step, STEPS)
-
-
-@contextlib.contextmanager
-def on_batch(number: int, change):
-  """Calls `change` on the batch drawn as `number`-th (from 1)."""
-  draw, drawn = pipeline.BatchIterator.__next__, itertools.count(1)
-
-  def changed(self):
-    batch = draw(self)
-    return change(batch) if next(drawn) == number else batch
-
-  with mock.patch.object(pipeline.BatchIterator, '__next__', changed):
-    yield
-
-
-def not_finite(batch):
-  return batch | {'weights': batch['weights'] * np.nan}
-
-
-def senseless(batch):
-  """Other words than the text: a loss as before any training."""
-  shuffled = np.random.default_rng(0).permutation(batch['targets'].ravel())
-  return batch | {'targets': shuffled.reshape(batch['targets'].shape)}
-
-
 class GuardTest(parameterized.TestCase):
   """A bad batch at step 30; the newest checkpoint is that of step 28."""
 
@@ -176,80 +186,42 @@ class GuardTest(parameterized.TestCase):
     super().setUp()
     self.workdir = pathlib.Path(self.create_tempdir().full_path)
 
-  @parameterized.parameters(
-    (not_finite, 'step 30 is not finite: .* sound'),
-    (senseless, 'step 30 is a spike: loss .* deviations above'),
-  )
-  def test_stops(self, change, message):
-    with on_batch(30, change):
+  def test_a_spike_stops(self):
+    message = 'step 30 is a spike: loss .* deviations above'
+    with on_batch(30, senseless):
       with self.assertRaisesRegex(journal.TrainingError, message) as caught:
-        run_loop(self.workdir, 'guard.spike=8')
+        run_loop(self.workdir, *SPIKES)
     self.assertRegex(
       caught.exception.__notes__[0], 'on host 0 of 1 .*, at step'
     )
     self.assertEqual(checkpoints(self.workdir), ['24', '28'])
 
-  @parameterized.parameters(not_finite, senseless)
-  def test_rewinds_and_leaves_the_batches_out(self, change):
-    plain = pathlib.Path(self.create_tempdir('plain').full_path)
-    run_loop(plain, 'steps=40')
-    with on_batch(30, change):
-      run_loop(self.workdir, 'guard.policy=rewind', 'guard.spike=8')
-    rows, others = lines(self.workdir), lines(plain)
-    self.assertEqual([row['step'] for row in rows], list(range(1, STEPS + 1)))
-    self.assertEqual(
-      [row['guard/rewinds'] for row in rows], [0] * 28 + [1] * 12
-    )
-    # Batches 29 to 31: the bad one is found while the next is under way.
-    skipped = {row['guard/skipped'] for row in rows[28:]}
-    self.assertEqual(skipped, {3})
-    self.assertEqual(
-      [row['data/hash'] for row in rows[28:37]],
-      [row['data/hash'] for row in others[31:40]],
-    )
-    self.assertEqual(
-      lines(self.workdir, 'introspection')[-1]['guard/rewinds'], 1
-    )
-    self.assertLess(rows[-1]['loss'], rows[0]['loss'] - 1)
-
+  @pytest.mark.heavy
   def test_a_run_killed_after_a_rewind_meets_it_again_to_the_bit(self):
     """The bad batch is in the data: it comes again after a restart."""
-    bad = 0
-
-    def marked(batch):
-      nonlocal bad
-      bad = zlib.crc32(batch['tokens'].tobytes())
-      return batch
-
-    with on_batch(30, marked):
+    draw, bad = pipeline.BatchIterator.__next__, set()
+    with on_batch(30, lambda batch: bad.add(content(batch)) or batch):
       run_loop(self.workdir)
-
-    draw = pipeline.BatchIterator.__next__
 
     def poisoned(self):
       batch = draw(self)
-      hit = zlib.crc32(batch['tokens'].tobytes()) == bad
-      return not_finite(batch) if hit else batch
+      return not_finite(batch) if content(batch) in bad else batch
 
-    whole, torn = (self.workdir / name for name in ('whole', 'torn'))
-    arguments = ('guard.policy=rewind', 'steps=40')
+    whole, torn = self.workdir / 'whole', self.workdir / 'torn'
+    whole.mkdir()
+    torn.mkdir()
     with mock.patch.object(pipeline.BatchIterator, '__next__', poisoned):
-      run_loop(whole, *arguments)
+      run_loop(whole, 'guard.policy=rewind')
       with on_batch(33, lambda _: 1 / 0):
         with self.assertRaises(ZeroDivisionError):
-          run_loop(torn, *arguments)
+          run_loop(torn, 'guard.policy=rewind')
       self.assertEqual(checkpoints(torn), ['24', '28'])
-      run_loop(torn, *arguments)
+      run_loop(torn, 'guard.policy=rewind')
     self.assertEqual(losses(torn), losses(whole))
-    self.assertEqual(
-      lines(torn)[-1]['guard/rewinds'], lines(whole)[-1]['guard/rewinds']
-    )
+    self.assertEqual(lines(torn)[-1]['guard/rewinds'], 1)
 
-  def test_gives_up_on_data_that_stay_bad(self):
-    draw = pipeline.BatchIterator.__next__
-    with mock.patch.object(
-      pipeline.BatchIterator, '__next__', lambda self: not_finite(draw(self))
-    ):
+  def test_gives_up_where_there_is_nothing_to_go_back_to(self):
+    with on_batch(1, not_finite):
       with self.assertRaises(journal.TrainingError) as caught:
         run_loop(self.workdir, 'guard.policy=rewind')
     self.assertIn('no checkpoint yet', ' '.join(caught.exception.__notes__))
