@@ -5,7 +5,7 @@
 #
 # Light: needs what main.py needs, pytest and ruff. --all adds the heavy ones:
 # transformers on torch (an environment of its own, .oracle), compiling for TPUs
-# that are not here (libtpu in a folder of its own, .tpu), headless Chromium.
+# that are not here (libtpu in a folder of its own, .tpu), headless Chromium, Ray.
 # What --all needs and cannot get is an error, never a skipped test.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -59,6 +59,7 @@ marks='not heavy and not device'
 if [[ $all == yes ]]; then
   get_chromium
   get_libtpu
+  bash launch/env.sh launch/ray.txt
   bash tests/oracle/env.sh
   marks='not device'
 fi

@@ -87,6 +87,7 @@ class ForgeConfig(base.Settings):
   group_size: int = 8  # rollouts per prompt
   in_flight: int = 32  # prompt groups running at once (N)
   window: float = 0.3  # share of in_flight that may be taken out of order
+  runner: str = 'asyncio'  # asyncio | ray: agents here, or on Ray's hosts
   clip_high: float = 5.0  # CISPO: ratio is clipped to [0, 1 + clip_high]
   baseline: str = 'group'  # group | leave_one_out
   merge: bool = True  # prefix trees; False trains separate rows
@@ -104,6 +105,7 @@ class ForgeConfig(base.Settings):
     base.positive(self, 'lines chunk')
     base.positive(self, 'clip_high target_seconds')
     base.choice(self, 'forge', 'baseline', ('group', 'leave_one_out'))
+    base.choice(self, 'forge', 'runner', ('asyncio', 'ray'))
     base.require(
       self.groups <= self.in_flight,
       f'forge.groups={self.groups} exceeds forge.in_flight={self.in_flight}: '

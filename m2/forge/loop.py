@@ -12,17 +12,17 @@ run trains on every prompt exactly once: groups that were finished are read from
 the pool, groups that were in flight are played again from their start.
 """
 
+import contextlib
 import functools
+import importlib.util
 import math
 import pathlib
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from m2 import config as settings
-from m2 import types
 from m2.checkpoint import store
 from m2.engine import engine as engines
 from m2.eval import play
@@ -38,14 +38,11 @@ from m2.train import loop as train_loop
 from m2.train import optim, resume, signals
 from m2.train import state as train_state
 
-# Settings and model -> who plays, and prompt number -> task.
-Cast = Callable[
-  [settings.RunConfig, types.LLM], tuple[rollout.Agent, rollout.Tasks]
-]
-
 
 def run(
-  config: settings.RunConfig, workdir: pathlib.Path, cast: Cast = play.cast
+  config: settings.RunConfig,
+  workdir: pathlib.Path,
+  cast: rollout.Cast = play.cast,
 ) -> train_state.TrainState:
   """Trains until `config.steps`; a finished run only returns its state.
 
@@ -65,13 +62,7 @@ def run(
     m2.train.signals.Stopped: a signal asked for it; the last step is saved.
   """
   check(config)
-  mesh = meshes.make_mesh(config.mesh)
-  ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
-  if config.forge.lines % ways:
-    raise ValueError(
-      f'forge.lines={config.forge.lines} is not a multiple of the {ways} '
-      'devices that lines are split over (mesh data * fsdp * expert)'
-    )
+  mesh = _mesh(config)
   tokenizer = evaluate.tokenizer(config.checkpoint.init_from)
   tokenizer.save(workdir / 'tokenizer.json')
   forge = config.forge
@@ -79,16 +70,11 @@ def run(
     jax.set_mesh(mesh),
     store.Store(workdir / 'checkpoints', config.checkpoint.keep) as checkpoints,
     pools.DataPool(f'sqlite:///{workdir}/pool.db') as pool,
+    contextlib.ExitStack() as stack,
     rollout.Scene() as scene,
     signals.Signals() as asked,
   ):
-    rollouts = rollout.Rollouts(
-      windows.WindowedFifo(math.ceil(forge.window * forge.in_flight)),
-      pool,
-      in_flight=forge.in_flight,
-      group_size=forge.group_size,
-      seed=config.seed,
-    )
+    rollouts = _rollouts(config, pool)
     batches = iter(dataset.RolloutDataset(rollouts, scene, forge))
     optimizer = optim.make(config.optim, config.steps)
     note = resume.note(config, tokenizer)
@@ -107,7 +93,8 @@ def run(
     )
     gateway = capture.Gateway(engine, tokenizer, pool, experts=forge.replay)
     scene.start(engine.drive())
-    scene.start(rollouts.keep_running(*cast(config, gateway)))
+    playing = _players(config, cast, gateway, scene, stack)
+    scene.start(rollouts.keep_running(*playing))
 
     def save(state: train_state.TrainState, done: int) -> None:
       checkpoints.save(state, batches, step=done, extra=note)
@@ -129,6 +116,41 @@ def run(
         asked,
         save,
       )
+
+
+def _mesh(config: settings.RunConfig) -> jax.sharding.Mesh:
+  mesh = meshes.make_mesh(config.mesh)
+  ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
+  if config.forge.lines % ways:
+    raise ValueError(
+      f'forge.lines={config.forge.lines} is not a multiple of the {ways} '
+      'devices that lines are split over (mesh data * fsdp * expert)'
+    )
+  return mesh
+
+
+def _rollouts(
+  config: settings.RunConfig, pool: pools.DataPool
+) -> rollout.Rollouts:
+  forge = config.forge
+  return rollout.Rollouts(
+    windows.WindowedFifo(math.ceil(forge.window * forge.in_flight)),
+    pool,
+    in_flight=forge.in_flight,
+    group_size=forge.group_size,
+    seed=config.seed,
+  )
+
+
+def _players(config, cast, gateway, scene, stack):
+  """Who plays, in this process or on Ray's hosts; and the tasks."""
+  agent, tasks = cast(config, gateway)
+  if config.forge.runner == 'ray':
+    from m2.forge import ray_runner  # Ray is not installed everywhere
+
+    agent = stack.enter_context(ray_runner.Runner(config, cast, gateway))
+    scene.start(agent.staff())
+  return agent, tasks
 
 
 def check(config: settings.RunConfig) -> None:
@@ -159,6 +181,10 @@ def check(config: settings.RunConfig) -> None:
     problems.append(
       f'forge.row_tokens={forge.row_tokens} is below engine.length='
       f'{config.engine.length}; a long episode would fit no line'
+    )
+  if forge.runner == 'ray' and importlib.util.find_spec('ray') is None:
+    problems.append(
+      'forge.runner=ray needs Ray: bash launch/env.sh launch/ray.txt'
     )
   if problems:
     raise ValueError('rl: ' + '; '.join(problems))

@@ -6,17 +6,18 @@ twice, whatever the window's state was restored from. A group that was in flight
 when a run stopped is played again from its start, under the same index and with
 the same seeds; what it had recorded stays in the pool under its old id.
 
-One asyncio event loop plays all episodes and the engine (`Engine.drive`). It
-only runs while somebody waits for a batch; in between, while weights are
-trained, everything in flight stands still.
+One asyncio event loop plays all episodes, or lets Ray's hosts play them
+(`m2/forge/ray_runner.py`), and drives the engine (`Engine.drive`). It only runs
+while somebody waits for a batch; in between, while weights are trained,
+everything in flight stands still.
 """
 
 import asyncio
 import dataclasses
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from m2 import types
+from m2 import config, types
 from m2.forge import pool as pools
 from m2.forge import window as windows
 
@@ -37,6 +38,10 @@ class Tasks(Protocol):
   def __getitem__(self, index: int) -> types.Task:
     """Task of prompt number `index`."""
     ...
+
+
+# Settings and model -> who plays, and prompt number -> task.
+Cast = Callable[[config.RunConfig, types.LLM], tuple[Agent, Tasks]]
 
 
 @dataclasses.dataclass

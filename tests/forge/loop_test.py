@@ -241,6 +241,12 @@ class LoopTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       loop.check(settings(str(self.start), **changes))
 
+  def test_a_runner_that_is_not_installed(self):
+    cfg = settings(str(self.start), forge={'runner': 'ray'})
+    with mock.patch.object(loop.importlib.util, 'find_spec', lambda name: None):
+      with self.assertRaisesRegex(ValueError, 'env.sh launch/ray.txt'):
+        loop.check(cfg)
+
   def test_the_tokenizer_must_be_there(self):
     (self.start / 'tokenizer.json').unlink()
     with self.assertRaisesRegex(ValueError, 'no tokenizer.json there'):
