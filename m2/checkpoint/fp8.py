@@ -21,6 +21,7 @@ MAX = 448.0  # the largest finite code
 # Codes of the top binade. A block whose largest code is lower wastes a bit of
 # every weight, so this is where each quantiser puts the largest weight.
 _TOP = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
+_STRIP = 64  # rows
 _TINY = np.finfo(np.float32).tiny
 _VALUES = np.arange(256, dtype=np.uint8).view(DTYPE).astype(np.float32)
 
@@ -30,20 +31,53 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
   return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
 
 
-def dequantise(code_RC: np.ndarray, scale_rc: np.ndarray) -> np.ndarray:
-  """Weights of a quantised matrix.
+def dequantise(
+  code_RC: np.ndarray,
+  scale_rc: np.ndarray,
+  out_RC: np.ndarray | None = None,
+  first: tuple[int, int] = (0, 0),
+) -> np.ndarray:
+  """Weights of a quantised matrix, or of a rectangle cut out of one.
 
   Args:
     code_RC: float8_e4m3fn.
-    scale_rc: float32, as `scale_shape` says.
+    scale_rc: float32, as `scale_shape` says; those of the whole matrix.
+    out_RC: where the weights go, in its own type; None = a new float32 array.
+    first: row and column of the matrix at which `code_RC` begins.
 
   Returns:
-    float32[R, C], each the correctly rounded product.
+    The weights, each the correctly rounded product (rounded once more where
+    `out_RC` is not float32).
   """
   rows, columns = code_RC.shape
-  scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, :columns]
-  scale_RC = np.repeat(scale_rC, BLOCK, axis=0)[:rows]
-  return _VALUES[code_RC.view(np.uint8)] * scale_RC
+  if out_RC is None:
+    out_RC = np.empty((rows, columns), np.float32)
+  top, left = first
+  scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, left : left + columns]
+  start = 0
+  while start < rows:  # a strip at a time stays in the cache
+    block, inside = divmod(top + start, BLOCK)
+    strip = slice(start, start + min(_STRIP, BLOCK - inside))
+    out_RC[strip] = _decode(code_RC[strip]) * scale_rC[block]
+    start = strip.stop
+  return out_RC
+
+
+def _decode(code_RC: np.ndarray) -> np.ndarray:
+  """The float32 values of codes, by their bits: ten times as fast as a cast.
+
+  Sign, exponent and mantissa are moved to their places in a float32; the
+  difference between the two exponents' biases is a factor of 2^120.
+  """
+  bits_RC = code_RC.view(np.int8).astype(np.int32)
+  bits_RC <<= 20
+  bits_RC &= np.int32(-(2**31) + 2**27 - 1)  # unset the copies of the sign
+  value_RC = bits_RC.view(np.float32)
+  value_RC *= np.float32(2.0**120)
+  size_RC = code_RC.view(np.uint8) & 0x7F
+  if size_RC.max(initial=0) == 0x7F:
+    value_RC[size_RC == 0x7F] = np.nan
+  return value_RC
 
 
 def quantise(weight_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
