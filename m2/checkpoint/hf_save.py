@@ -90,7 +90,21 @@ def save(
     shard_bytes = SHARD_BYTES[remote]
   plan = shards.plan(items(cfg, leaves, dtype), shard_bytes)
   with _place(path, resume) as folder:
-    _write(folder, plan, small, resume, max(1, in_flight // (2 * _PIECE)))
+    finished = _prepare(folder, plan, small, resume)
+    total = sum(shard.nbytes for shard in plan)
+    with stream.progress(f'to {path}', total) as bar:
+      for shard in plan:
+        if shard.file in finished:
+          bar.update(shard.nbytes)
+          continue
+        for count in shards.write(
+          folder, shard, in_flight // (2 * _PIECE) or 1
+        ):
+          bar.update(count)
+    if len(plan) > 1:
+      storage.put(folder, shards.INDEX, shards.index(plan))
+    if resume:
+      folder.remove(_MARK)
 
 
 def _check_free(path: str | pathlib.Path, resume: str) -> None:
@@ -127,29 +141,22 @@ def _place(path: str | pathlib.Path, resume: str) -> Iterator[storage.Folder]:
       shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(folder, plan, small, resume: str, workers: int) -> None:
-  """Writes the small files, the shards, and then what makes them one."""
+def _prepare(folder, plan, small, resume: str) -> set[str]:
+  """Writes all but the weights; returns the shards that are whole already."""
   digest = hashlib.sha256(resume.encode())
   for shard in plan:
     digest.update(shard.header)
   mark = shards.to_json({'writing': digest.hexdigest()})
-  again = folder.has(_MARK) and folder.read(_MARK).tobytes() == mark
-  if resume and not again:
+  finished = set()
+  if resume and folder.has(_MARK) and folder.read(_MARK).tobytes() == mark:
+    finished = {
+      shard.file for shard in plan if shards.is_written(folder, shard)
+    }
+  elif resume:
     storage.put(folder, _MARK, mark)
   for name, data in small.items():
     storage.put(folder, name, data)
-  total = sum(item.nbytes for shard in plan for item in shard.items)
-  with stream.progress(f'to {folder.file("")}', total) as bar:
-    for shard in plan:
-      if resume and again and shards.is_written(folder, shard):
-        bar.update(sum(item.nbytes for item in shard.items))
-        continue
-      for count in shards.write(folder, shard, workers):
-        bar.update(count)
-  if len(plan) > 1:
-    storage.put(folder, shards.INDEX, shards.index(plan))
-  if resume:
-    folder.remove(_MARK)
+  return finished
 
 
 def _checked(cfg, params, dtype: str) -> dict[str, Any]:

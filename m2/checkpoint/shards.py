@@ -123,16 +123,17 @@ def _weight_map(folder: storage.Folder) -> dict[str, str]:
   file = folder.file(INDEX)
   try:
     weight_map = json.loads(folder.read(INDEX).tobytes())['weight_map']
+    files = set(weight_map.values())
     # A name with a directory part could reach outside the checkpoint.
     good = all(
-      isinstance(name, str) and pathlib.PurePath(name).parts == (name,)
-      for name in weight_map.values()
+      isinstance(file, str) and pathlib.PurePath(file).parts == (file,)
+      for file in files
     )
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f'{file}: not a safetensors index with a weight_map: {error!r}'
     ) from error
-  if not good or '..' in weight_map.values():
+  if not good or '..' in files:
     raise ValueError(f'{file}: weight_map must name files beside it')
   return weight_map
 
@@ -215,6 +216,11 @@ class Shard:
   header: bytes
   offsets: Mapping[str, int]
   size: int
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of its tensors."""
+    return self.size - len(self.header)
 
 
 def plan(items: Sequence[Item], shard_bytes: int) -> list[Shard]:

@@ -14,6 +14,7 @@ anew; what it had read is in the system's file cache at best.
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -171,13 +172,16 @@ def whole(
 
 
 def progress(title: str, total: int) -> tqdm.tqdm:
-  """A bar of bytes and bytes a second; nothing if all is done in a second."""
+  """A bar of bytes and bytes a second; nothing if all is done in two seconds.
+
+  Shown by the first process only; where nobody watches, every half minute.
+  """
   return tqdm.tqdm(
     total=total,
     desc=title,
     unit='B',
     unit_scale=True,
-    delay=1,
-    mininterval=1,
+    delay=2,
+    mininterval=1 if sys.stderr.isatty() else 30,
     disable=jax.process_index() != 0,
   )
