@@ -12,7 +12,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def save(
   *,
   dtype: str = 'bfloat16',
   shard_bytes: int | None = None,
-  beside: Sequence[pathlib.Path] = (),
+  beside: Mapping[str, bytes] = types.MappingProxyType({}),
   resume: str = '',
   in_flight: int = stream.IN_FLIGHT,
 ) -> None:
@@ -65,7 +66,7 @@ def save(
       float32 in any case.
     shard_bytes: largest file; None = 5 GB, and 500 MB in an object store, where
       a file is held in host memory until it is sent.
-    beside: files to copy next to the weights, such as a tokenizer's.
+    beside: files to write next to the weights, such as a tokenizer's.
     resume: names the values written: where it is given, what an interrupted
       save leaves behind stays (on a disk in `<path>.unfinished`), and a save
       with the same name and plan keeps the shards that are whole there.
@@ -84,7 +85,7 @@ def save(
   path = os.fspath(path) if remote else pathlib.Path(path).absolute()
   _check_free(path, resume)
   small = {'config.json': shards.to_json(hf_config.to_json(cfg, dtype))}
-  small |= {file.name: file.read_bytes() for file in beside}
+  small |= beside
   leaves = _checked(cfg, params, dtype)
   if shard_bytes is None:
     shard_bytes = SHARD_BYTES[remote]

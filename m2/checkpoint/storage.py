@@ -206,9 +206,7 @@ class _Store:
           spec['aws_region'] = region
       self._files = ts.KvStore.open(spec, context=_CONTEXT).result()
     except ValueError as error:
-      raise ValueError(
-        f'{url}: not a place for files: {_line(error)}'
-      ) from None
+      raise ValueError(f'{url}: no place for files: {_line(error)}') from None
 
   def file(self, name: str) -> str:
     return self._url + name
@@ -221,38 +219,32 @@ class _Store:
       raise kind(f'{self.file(name)}: {_line(error)}') from None
 
   def has(self, name: str) -> bool:
-    none = slice(0, 0)
-    return (
-      self._ask(name, self._files.read(name, byte_range=none)).state == 'value'
-    )
+    return self._part(name, 0, 1) is not None
 
   def size_is(self, name: str, size: int) -> bool:
-    return self._reaches(name, size) and not self._reaches(name, size + 1)
+    last, behind = (
+      self._part(name, stop - 1, stop) for stop in (size, size + 1)
+    )
+    return bool(last) and not behind
 
-  def _reaches(self, name: str, size: int) -> bool:
+  def _part(self, name: str, start: int, stop: int | None) -> bytes | None:
+    """Bytes of a file: b'' if it ends before; None if there is no file."""
     try:
-      self._ask(name, self._files.read(name, byte_range=slice(size - 1, size)))
+      cut = slice(start, stop)
+      found = self._ask(name, self._files.read(name, byte_range=cut))
     except OSError as error:
       if 'OUT_OF_RANGE' in str(error):
-        return False
+        return b''
       raise
-    return True
+    return found.value if found.state == 'value' else None
 
   def read(self, name: str, start: int = 0, stop: int | None = None):
-    try:
-      found = self._ask(
-        name, self._files.read(name, byte_range=slice(start, stop))
-      )
-    except OSError as error:
-      if 'OUT_OF_RANGE' in str(error):
-        raise _short(self.file(name), stop) from None
-      raise
-    if found.state != 'value':
+    data = self._part(name, start, stop)
+    if data is None:
       raise FileNotFoundError(f'{self.file(name)}: no such file')
-    data = np.frombuffer(found.value, np.uint8)
-    if stop is not None and data.size != stop - start:
+    if stop is not None and len(data) != stop - start:
       raise _short(self.file(name), stop)
-    return data
+    return np.frombuffer(data, np.uint8)
 
   def create(self, name: str, size: int) -> '_StoreWriter':
     return _StoreWriter(self, name, size)

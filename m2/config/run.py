@@ -19,7 +19,7 @@ MODES: dict[str, tuple[str, ...]] = {
   'rl': ('model', 'mesh', 'optim', 'checkpoint', 'log', *_AGENT, 'forge'),
   'eval': ('model', 'mesh', 'checkpoint', *_AGENT, 'eval'),
   'evolve': (*_TRAIN, *_AGENT, 'evolve'),
-  'convert': ('convert',),
+  'convert': ('mesh', 'convert'),
   'quickstart': (*_TRAIN, *_AGENT, 'forge', 'evolve', 'stages'),
 }
 

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from m2 import config as settings
-from m2.checkpoint import store
+from m2.checkpoint import storage, store
 from m2.data import tokenizer as tokenizers
 from m2.train import state as train_state
 
@@ -35,6 +35,11 @@ def data_config(config: settings.RunConfig) -> settings.DataConfig:
   start = config.checkpoint.init_from
   if config.data.tokenizer or not start:
     return config.data
+  if storage.is_url(start):
+    raise ValueError(
+      f'checkpoint.init_from={start} is no path on this disk: copy its '
+      'tokenizer.json here and name it in data.tokenizer'
+    )
   path = pathlib.Path(start)
   for folder in (path, *path.resolve().parents[:2]):
     if (folder / 'tokenizer.json').is_file():
@@ -76,9 +81,10 @@ def begin(
     print(f'resumed from step {restored.step}', flush=True)
     return restored.state
   if config.checkpoint.init_from:
-    path = pathlib.Path(config.checkpoint.init_from)
-    params = store.load_params(path, config.model, mesh)
-    _check_tokenizer(path, run_note)
+    start = config.checkpoint.init_from
+    params = store.load_params(start, config.model, mesh)
+    if not storage.is_url(start):
+      _check_tokenizer(pathlib.Path(start), run_note)
     return train_state.start(params, mesh, optimizer)
   key = jax.random.key(config.seed)
   return train_state.create(config.model, key, mesh, optimizer)
