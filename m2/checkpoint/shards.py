@@ -30,6 +30,7 @@ DTYPES: dict[str, np.dtype] = {
   'BF16': np.dtype(ml_dtypes.bfloat16),
   'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
 }
+_BATCH = 2**20  # bytes
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -284,10 +285,10 @@ def write(folder: storage.Folder, shard: Shard, workers: int) -> Iterator[int]:
   Args:
     folder: where to.
     shard: what to write.
-    workers: threads; each makes one item at a time.
+    workers: threads; each makes one part of an item at a time.
 
   Yields:
-    How many bytes each item had, when it is written.
+    How many bytes are written, as they are.
 
   Raises:
     OSError: it could not be written whole.
@@ -297,20 +298,34 @@ def write(folder: storage.Folder, shard: Shard, workers: int) -> Iterator[int]:
   try:
     writer.put(0, np.frombuffer(shard.header, np.uint8))
     fill = functools.partial(_fill, writer, shard)
-    yield from each(fill, shard.items, workers)
+    yield from each(fill, _batches(shard.items), workers)
   except BaseException:
     writer.abandon()
     raise
   writer.close()
 
 
-def _fill(writer: storage.Writer, shard: Shard, item: Item) -> int:
-  for name, row, array in item.make():
-    dtype, shape = item.specs[name]
-    line = _nbytes(dtype, shape[1:])
-    data = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    writer.put(shard.offsets[name] + row * line, data)
-  return item.nbytes
+def _batches(items: Sequence[Item]) -> list[list[Item]]:
+  """Neighbours that one thread makes in turn, so that small ones cost less."""
+  batches: list[list[Item]] = []
+  room = 0
+  for item in items:
+    room -= item.nbytes
+    if room < 0:
+      batches.append([])
+      room = _BATCH - item.nbytes
+    batches[-1].append(item)
+  return batches
+
+
+def _fill(writer: storage.Writer, shard: Shard, items: Sequence[Item]) -> int:
+  for item in items:
+    for name, row, array in item.make():
+      dtype, shape = item.specs[name]
+      line = _nbytes(dtype, shape[1:])
+      data = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+      writer.put(shard.offsets[name] + row * line, data)
+  return sum(item.nbytes for item in items)
 
 
 def each(
