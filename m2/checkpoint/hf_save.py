@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import tempfile
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,21 +90,21 @@ def save(
   if shard_bytes is None:
     shard_bytes = SHARD_BYTES[remote]
   plan = shards.plan(items(cfg, leaves, dtype), shard_bytes)
-  with _place(path, resume) as folder:
-    finished = _prepare(folder, plan, small, resume)
+  mark = _mark(plan, resume) if resume else b''
+  with _place(path, mark) as folder:
+    finished = _prepare(folder, plan, small, mark)
     total = sum(shard.nbytes for shard in plan)
+    threads = in_flight // (2 * _PIECE) or 1
     with stream.progress(f'to {path}', total) as bar:
       for shard in plan:
         if shard.file in finished:
           bar.update(shard.nbytes)
           continue
-        for count in shards.write(
-          folder, shard, in_flight // (2 * _PIECE) or 1
-        ):
+        for count in shards.write(folder, shard, threads):
           bar.update(count)
     if len(plan) > 1:
       storage.put(folder, shards.INDEX, shards.index(plan))
-    if resume:
+    if mark:
       folder.remove(_MARK)
 
 
@@ -119,15 +119,29 @@ def _check_free(path: str | pathlib.Path, resume: str) -> None:
     raise FileExistsError(f'{path} is there already: give an empty directory')
 
 
+def _mark(plan: Sequence[shards.Shard], resume: str) -> bytes:
+  """What an unfinished save says it is writing."""
+  digest = hashlib.sha256(resume.encode())
+  for shard in plan:
+    digest.update(shard.header)
+  return shards.to_json({'writing': digest.hexdigest()})
+
+
+def _marked(folder: storage.Folder, mark: bytes) -> bool:
+  return folder.has(_MARK) and folder.read(_MARK).tobytes() == mark
+
+
 @contextlib.contextmanager
-def _place(path: str | pathlib.Path, resume: str) -> Iterator[storage.Folder]:
+def _place(path: str | pathlib.Path, mark: bytes) -> Iterator[storage.Folder]:
   """Where to write; on a disk, what becomes `path` when all is written."""
   if isinstance(path, str):
     yield storage.folder(path)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  if resume:
+  if mark:
     partial = path.with_name(f'{path.name}.unfinished')
+    if partial.exists() and not _marked(storage.folder(partial), mark):
+      shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
   else:
     made = tempfile.mkdtemp(prefix=f'{path.name}.partial-', dir=path.parent)
@@ -138,22 +152,18 @@ def _place(path: str | pathlib.Path, resume: str) -> Iterator[storage.Folder]:
     partial.rename(path)
     storage.sync(path.parent)
   finally:
-    if not resume:
+    if not mark:
       shutil.rmtree(partial, ignore_errors=True)
 
 
-def _prepare(folder, plan, small, resume: str) -> set[str]:
+def _prepare(folder, plan, small, mark: bytes) -> set[str]:
   """Writes all but the weights; returns the shards that are whole already."""
-  digest = hashlib.sha256(resume.encode())
-  for shard in plan:
-    digest.update(shard.header)
-  mark = shards.to_json({'writing': digest.hexdigest()})
   finished = set()
-  if resume and folder.has(_MARK) and folder.read(_MARK).tobytes() == mark:
+  if mark and _marked(folder, mark):
     finished = {
       shard.file for shard in plan if shards.is_written(folder, shard)
     }
-  elif resume:
+  elif mark:
     storage.put(folder, _MARK, mark)
   for name, data in small.items():
     storage.put(folder, name, data)
