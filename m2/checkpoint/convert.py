@@ -1,10 +1,12 @@
 """The `convert` mode: between a run's checkpoint and the public format."""
 
 import dataclasses
+import json
 import pathlib
 
 from m2 import config as settings
-from m2.checkpoint import hf, store
+from m2.checkpoint import hf, storage, store
+from m2.parallel import mesh as meshes
 
 # Files that belong to the weights and are the same in both forms.
 _BESIDE = (
@@ -21,54 +23,74 @@ def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
 
   The model's shape comes from the source. Optimiser state is not converted:
   what is written starts a run (`checkpoint.init_from`), it does not resume one.
-  Weights pass through the first device; a model too large for it converts on
-  the host with JAX_PLATFORMS=cpu.
+  Weights pass through the devices, split by `config.mesh`; a model too large
+  for them converts on the host with JAX_PLATFORMS=cpu. The public form may be
+  in an object store. A conversion to it that was interrupted goes on where it
+  stopped if it is started again; the other direction begins anew.
 
   Args:
-    config: its section `convert` says what to do.
+    config: its sections `convert` and `mesh` say what to do.
     workdir: not used; both directories are named in `config`.
 
   Raises:
     FileExistsError: the target is there already.
     m2.checkpoint.store.CheckpointError: the source is no checkpoint of a run.
     ValueError: the source is no public checkpoint of this model.
+    OSError: files cannot be read or written.
   """
   del workdir
   convert = config.convert
-  source, target = pathlib.Path(convert.source), pathlib.Path(convert.target)
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise FileExistsError(
-      f'convert.target={target} is there already: give an empty directory'
-    )
+  source, target = convert.source, convert.target
+  to_public = convert.format == 'hf'
+  ours = source if to_public else target
+  if storage.is_url(ours):
+    raise ValueError(f'{ours}: the checkpoint of a run is on a disk, not a URL')
+  if not storage.is_url(target):
+    _check_empty(pathlib.Path(target))
   folder = source
-  if convert.format == 'hf':
+  if to_public:
     source = store.newest(source)
     folder = source.resolve().parents[1]  # of <workdir>/checkpoints/<step>
-  beside = [folder / name for name in _BESIDE if (folder / name).is_file()]
-  write = _to_public if convert.format == 'hf' else _to_run
-  cfg = write(source, target, convert.dtype, beside)
+  files = storage.folder(folder)
+  beside = {
+    name: files.read(name).tobytes() for name in _BESIDE if files.has(name)
+  }
+  mesh = meshes.make_mesh(config.mesh)
+  write = _to_public if to_public else _to_run
+  cfg = write(source, target, mesh, convert.dtype, beside)
   print(
     f'{target}: {cfg.layers} layers, {cfg.experts} experts, '
     f'{cfg.mtp_modules} MTP modules, {convert.dtype}; with the weights: '
-    + (', '.join(path.name for path in beside) or 'no tokenizer'),
+    + (', '.join(beside) or 'no tokenizer'),
     flush=True,
   )
 
 
-def _to_public(step, target, dtype, beside) -> settings.ModelConfig:
-  saved = store.read_meta(step)['extra'].get('config', {}).get('model')
+def _check_empty(target: pathlib.Path) -> None:
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise FileExistsError(
+      f'convert.target={target} is there already: give an empty directory'
+    )
+
+
+def _to_public(step, target, mesh, dtype, beside) -> settings.ModelConfig:
+  meta = store.read_meta(step)
+  saved = meta['extra'].get('config', {}).get('model')
   if saved is None:
     raise store.CheckpointError(f'{step} does not say the shape of its model')
   cfg = settings.ModelConfig(**saved)
-  params = store.load_params(step, cfg)
-  hf.save(params, target, cfg, dtype=dtype, beside=beside)
+  params = store.load_params(step, cfg, mesh)
+  # The leaves' checksums say which values these are.
+  same = json.dumps(meta['leaves'], sort_keys=True)
+  hf.save(params, target, cfg, dtype=dtype, beside=beside, resume=same)
   return cfg
 
 
-def _to_run(source, target, dtype, beside) -> settings.ModelConfig:
+def _to_run(source, target, mesh, dtype, beside) -> settings.ModelConfig:
   cfg = dataclasses.replace(hf.config(source), param_dtype=dtype)
-  params = hf.load(source, cfg)
+  params = hf.load(source, cfg, mesh)
   model = settings.to_config(cfg).to_dict()
+  target = pathlib.Path(target)
   with store.Store(target / 'checkpoints') as checkpoints:
     checkpoints.save(
       {'params': params},
@@ -77,6 +99,6 @@ def _to_run(source, target, dtype, beside) -> settings.ModelConfig:
       extra={'config': {'model': model}},
       asynchronous=False,
     )
-  for path in beside:
-    (target / path.name).write_bytes(path.read_bytes())
+  for name, data in beside.items():
+    (target / name).write_bytes(data)
   return cfg

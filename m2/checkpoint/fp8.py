@@ -10,6 +10,7 @@ I and J rows and columns inside a block.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -21,8 +22,8 @@ MAX = 448.0  # the largest finite code
 # Codes of the top binade. A block whose largest code is lower wastes a bit of
 # every weight, so this is where each quantiser puts the largest weight.
 _TOP = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
+_STRIP = 64  # rows
 _TINY = np.finfo(np.float32).tiny
-_VALUES = np.arange(256, dtype=np.uint8).view(DTYPE).astype(np.float32)
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -30,20 +31,53 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
   return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
 
 
-def dequantise(code_RC: np.ndarray, scale_rc: np.ndarray) -> np.ndarray:
-  """Weights of a quantised matrix.
+def dequantise(
+  code_RC: np.ndarray,
+  scale_rc: np.ndarray,
+  out_RC: np.ndarray | None = None,
+  first: tuple[int, int] = (0, 0),
+) -> np.ndarray:
+  """Weights of a quantised matrix, or of a rectangle cut out of one.
 
   Args:
     code_RC: float8_e4m3fn.
-    scale_rc: float32, as `scale_shape` says.
+    scale_rc: float32, as `scale_shape` says; those of the whole matrix.
+    out_RC: where the weights go, in its own type; None = a new float32 array.
+    first: row and column of the matrix at which `code_RC` begins.
 
   Returns:
-    float32[R, C], each the correctly rounded product.
+    The weights, each the correctly rounded product (rounded once more where
+    `out_RC` is not float32).
   """
   rows, columns = code_RC.shape
-  scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, :columns]
-  scale_RC = np.repeat(scale_rC, BLOCK, axis=0)[:rows]
-  return _VALUES[code_RC.view(np.uint8)] * scale_RC
+  if out_RC is None:
+    out_RC = np.empty((rows, columns), np.float32)
+  top, left = first
+  scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, left : left + columns]
+  start = 0
+  while start < rows:  # a strip at a time stays in the cache
+    block, inside = divmod(top + start, BLOCK)
+    strip = slice(start, start + min(_STRIP, BLOCK - inside))
+    out_RC[strip] = _decode(code_RC[strip]) * scale_rC[block]
+    start = strip.stop
+  return out_RC
+
+
+def _decode(code: np.ndarray) -> np.ndarray:
+  """The float32 values of codes, by their bits: ten times as fast as a cast.
+
+  Sign, exponent and mantissa are moved to their places in a float32; the
+  difference between the two exponents' biases is a factor of 2^120.
+  """
+  bits = code.view(np.int8).astype(np.int32)
+  bits <<= 20
+  bits &= np.int32(-(2**31) + 2**27 - 1)  # unset the copies of the sign
+  value = bits.view(np.float32)
+  value *= np.float32(2.0**120)
+  size = code.view(np.uint8) & 0x7F
+  if size.max(initial=0) == 0x7F:
+    value[size == 0x7F] = np.nan
+  return value
 
 
 def quantise(weight_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,14 +130,40 @@ def _recover(block_NIJ, peak_N, scale_N) -> None:
 
 def _exact(block_NIJ, scale_N) -> np.ndarray:
   """Whether each block is what its codes at this scale stand for."""
-  code_NIJ = _encode(block_NIJ, scale_N)
-  value_NIJ = _VALUES[code_NIJ.view(np.uint8)] * scale_N[:, None, None]
-  return (value_NIJ == block_NIJ).all((1, 2))
+  fits_N = np.empty(len(block_NIJ), bool)
+  for some in _chunks(block_NIJ):
+    value_NIJ = _decode(_encode(block_NIJ[some], scale_N[some]))
+    value_NIJ *= scale_N[some, None, None]
+    fits_N[some] = (value_NIJ == block_NIJ[some]).all((1, 2))
+  return fits_N
+
+
+def _chunks(block_NIJ) -> Iterator[slice]:
+  """Slices of blocks that stay in the cache."""
+  step = max(1, 2**17 // max(1, block_NIJ[:1].size))
+  return (slice(i, i + step) for i in range(0, len(block_NIJ), step))
 
 
 def _encode(block_NIJ, scale_N) -> np.ndarray:
-  quotient_NIJ = block_NIJ / scale_N[:, None, None]
-  return np.clip(quotient_NIJ, -MAX, MAX).astype(DTYPE)
+  """The nearest codes, ties to even; by bits, as `_decode`."""
+  code_NIJ = np.empty(block_NIJ.shape, np.uint8)
+  for some in _chunks(block_NIJ):
+    x_NIJ = block_NIJ[some] / scale_N[some, None, None]
+    np.clip(x_NIJ, -MAX, MAX, out=x_NIJ)
+    bits_NIJ = x_NIJ.view(np.uint32)
+    sign_NIJ = (bits_NIJ >> 24).astype(np.uint8) & 0x80
+    size_NIJ = np.abs(x_NIJ)
+    # Below 2^-6 codes are multiples of 2^-9.
+    least = np.float32(2.0**-6)
+    fine_NIJ = np.rint(np.minimum(size_NIJ, least) * 512).astype(np.uint8)
+    small_NIJ = size_NIJ < least
+    bits_NIJ = size_NIJ.view(np.uint32)
+    bits_NIJ += ((bits_NIJ >> 20) & 1) + np.uint32(0x7FFFF)
+    bits_NIJ >>= 20
+    bits_NIJ -= 120 << 3  # the difference of the biases
+    coarse_NIJ = bits_NIJ.astype(np.uint8)
+    code_NIJ[some] = np.where(small_NIJ, fine_NIJ, coarse_NIJ) | sign_NIJ
+  return code_NIJ.view(DTYPE)
 
 
 def _split(weight_RC: np.ndarray) -> np.ndarray:

@@ -4,14 +4,9 @@
 is the table of tensors (m2/checkpoint/hf_names.py).
 """
 
-import dataclasses
 import functools
 import itertools
 import os
-import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,17 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2 import config as settings
-from m2.checkpoint import fp8, hf_config, hf_names, shards
-from m2.model import params as shapes
-from m2.parallel import sharding
+from m2.checkpoint import (
+  fp8,
+  hf_config,
+  hf_names,
+  hf_save,
+  hf_tree,
+  planes,
+  shards,
+  storage,
+  stream,
+)
 
 config = hf_config.read
+save = hf_save.save
 NAMES = hf_names.NAMES
 
-# By the last part of the leaf's path. The router is float32 in every released
-# file; the matrices of `_QUANTISED` are the ones FP8 checkpoints store as FP8.
-_FLOAT32 = ('gate', 'bias')
-_QUANTISED = ('q', 'k', 'v', 'o', 'wi_0', 'wi_1', 'wo')
 # Settings that no shape of a tensor shows.
 _MEANING = (
   'heads',
@@ -39,9 +39,9 @@ _MEANING = (
   'rope_theta',
   'norm_eps',
 )
-_SCALE = '_scale_inv'  # appended to a weight's name
+_SCALE = hf_tree.SCALE
 _FLOATS = ('F32', 'BF16', 'F16')
-_STORED = {'float32': 'F32', 'bfloat16': 'BF16', 'fp8': 'BF16'}
+_HELD = ('float32', 'bfloat16', hf_tree.CODES)
 # Rotation tables that some writers store; they follow from config.json.
 _IGNORED = ('rotary_emb.inv_freq',)
 
@@ -52,60 +52,72 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   *,
   dtype: Any = None,
+  in_flight: int = stream.IN_FLIGHT,
 ) -> dict[str, Any]:
   """Reads a checkpoint; float32, bfloat16, float16 or block-FP8.
 
-  Nothing is loaded unless every tensor fits. Then one leaf at a time is
-  assembled; with a mesh, each process reads only the parts its devices hold.
+  Nothing is loaded unless every tensor fits. Then the files are read in their
+  own order by many threads (m2/checkpoint/stream.py); with a mesh, each process
+  reads only what its devices hold. Host memory holds `in_flight` bytes of the
+  files and at most six times as much of what is being made of them, beside the
+  headers, the scales and what CPU devices hold themselves.
 
   Args:
-    path: directory with `model.safetensors`, or shards and their index.
+    path: directory, or its URL in an object store (m2/checkpoint/storage.py),
+      with `model.safetensors`, or shards and their index.
     cfg: shape of the model; `config(path)` reads it.
     mesh: place leaves by `m2.parallel.sharding`; None makes plain arrays.
-    dtype: float32 or bfloat16; None = `cfg.param_dtype`. The router is float32
-      in any case.
+    dtype: float32, bfloat16, or float8_e4m3fn, which keeps the codes of an FP8
+      checkpoint and puts their scales beside them (m2/checkpoint/hf_tree.py);
+      what FP8 checkpoints do not store as FP8 is bfloat16 then. None =
+      `cfg.param_dtype`. The router is float32 in any case.
+    in_flight: bytes of files in host memory at a time.
 
   Returns:
     Parameters as `m2.model.params.abstract(cfg)` describes them.
 
   Raises:
     FileNotFoundError: no such checkpoint, or shards are not there.
+    OSError: files cannot be read.
     ValueError: a file is corrupt; config.json, if there is one, says otherwise
       than `cfg`; or tensors are missing, unexpected, of another shape or type:
       one error that lists them.
   """
-  path = pathlib.Path(path)
+  path = os.fspath(path)
   dtype = cfg.param_dtype if dtype is None else jnp.dtype(dtype).name
-  if dtype not in ('float32', 'bfloat16'):
-    raise ValueError(f'hf.load: dtype={dtype!r}: choose float32 or bfloat16')
+  if dtype not in _HELD:
+    raise ValueError(
+      f'hf.load: dtype={dtype!r}: choose {", ".join(_HELD[:-1])} or {_HELD[-1]}'
+    )
+  folder = storage.folder(path)
   _check_config(path, cfg)
   tensors = shards.read(path)
   slots = hf_names.slots(cfg)
-  if errors := _misfits(cfg, slots, tensors):
+  scales = _scales(folder, slots, tensors, in_flight)
+  if errors := _misfits(cfg, slots, tensors, scales, dtype):
     raise ValueError(
       f'{path}: {len(errors)} tensors do not fit the model: '
       + shards.listing(errors)
     )
-  abstract = shapes.abstract(dataclasses.replace(cfg, param_dtype=dtype))
-  parts = _parts(cfg, slots, tensors)
-
-  def make(key_path, struct, place=None):
-    leaf = jax.tree_util.keystr(key_path, simple=True, separator='/')
-    # Devices that hold the same part share one read of it.
-    read = functools.cache(functools.partial(_assemble, parts[leaf], struct))
-    if place is None:
-      return jnp.asarray(read((slice(None),) * len(struct.shape)))
-    return jax.make_array_from_callback(struct.shape, place, read)
-
-  trees = [abstract]
-  if mesh is not None:
-    trees.append(sharding.param_shardings(abstract, mesh))
-  return jax.tree_util.tree_map_with_path(make, *trees)
+  leaves = hf_tree.abstract(cfg, dtype)
+  places = hf_tree.shardings(leaves, mesh) if mesh else dict.fromkeys(leaves)
+  parts = _parts(cfg, leaves, places)
+  needs = [
+    planes.Need(tensors[name], slot, scales.get(name + _SCALE))
+    for name, slot in slots.items()
+  ]
+  stream.read(folder, stream.stretches(needs, parts), in_flight, path)
+  arrays = {
+    name: _array(leaves[name], places[name], parts.pop(name))
+    for name in list(parts)
+  }
+  return hf_tree.nested(arrays | _scale_leaves(leaves, places, slots, scales))
 
 
-def _check_config(path: pathlib.Path, cfg: settings.ModelConfig) -> None:
+def _check_config(path: str, cfg: settings.ModelConfig) -> None:
   """Raises where the same tensors would mean another function."""
-  if not (path / 'config.json').exists():
+  folder = storage.folder(path)
+  if not folder.has('config.json'):
     return
   found = config(path)
   differing = [
@@ -114,25 +126,39 @@ def _check_config(path: pathlib.Path, cfg: settings.ModelConfig) -> None:
     if getattr(cfg, name) != getattr(found, name)
   ]
   if differing:
-    raise ValueError(f'{path / "config.json"}: {"; ".join(differing)}')
+    raise ValueError(f'{folder.file("config.json")}: {"; ".join(differing)}')
 
 
-def _misfits(cfg, slots, tensors) -> list[str]:
+def _scales(folder, slots, tensors, in_flight: int) -> dict[str, np.ndarray]:
+  """The scales of FP8 weights, as far as they are what they should be."""
+  found = {}
+  for name, slot in slots.items():
+    scale = tensors.get(name + _SCALE)
+    shape = fp8.scale_shape(slot.shape) if len(slot.shape) == 2 else None
+    if scale and (scale.dtype, scale.shape) == ('F32', shape):
+      found[name + _SCALE] = scale
+  return stream.whole(folder, found, in_flight)
+
+
+def _misfits(cfg, slots, tensors, scales, dtype: str) -> list[str]:
   """What keeps these tensors from being this model, a line for each."""
   errors = []
   known = set(slots)
   for name, slot in slots.items():
     tensor = tensors.get(name)
+    quantised = slot.last in hf_tree.QUANTISED
     if tensor is None:
       errors.append(f'{name}: missing')
     elif tensor.shape != slot.shape:
       errors.append(
         f'{name}: shape {list(tensor.shape)}, the model has {list(slot.shape)}'
       )
-    elif tensor.dtype == 'F8_E4M3' and slot.last in _QUANTISED:
-      errors += _scale_misfits(name + _SCALE, slot, tensors)
+    elif tensor.dtype == 'F8_E4M3' and quantised:
+      errors += _scale_misfits(name + _SCALE, slot, tensors, scales)
     elif tensor.dtype not in _FLOATS:
       errors.append(f'{name}: type {tensor.dtype}, not {", ".join(_FLOATS)}')
+    elif dtype == hf_tree.CODES and quantised:
+      errors.append(f'{name}: type {tensor.dtype}, but {dtype} keeps F8_E4M3')
     if tensor is not None and tensor.dtype == 'F8_E4M3':
       known.add(name + _SCALE)
   extra = set(tensors) - known
@@ -145,16 +171,15 @@ def _misfits(cfg, slots, tensors) -> list[str]:
   return errors
 
 
-def _scale_misfits(name, slot, tensors) -> list[str]:
-  tensor = tensors.get(name)
-  shape = fp8.scale_shape(slot.shape)
-  if tensor is None:
+def _scale_misfits(name, slot, tensors, scales) -> list[str]:
+  if name not in tensors:
     return [f'{name}: missing, and its weight is FP8']
-  if (tensor.dtype, tensor.shape) != ('F32', shape):
+  if name not in scales:
+    tensor, shape = tensors[name], fp8.scale_shape(slot.shape)
     return [
       f'{name}: {tensor.dtype} {list(tensor.shape)}, not F32 {list(shape)}'
     ]
-  if not np.isfinite(tensor.array()).all():
+  if not np.isfinite(scales[name]).all():
     return [f'{name}: a scale is infinite or not a number']
   return []
 
@@ -172,154 +197,66 @@ def _spare_modules(cfg, extra) -> tuple[str, ...]:
   return tuple(p for p in prefixes if p + 'eh_proj.weight' in extra)
 
 
-def _parts(cfg, slots, tensors) -> dict[str, dict[tuple, Callable]]:
-  """By leaf and stacked index: a function that returns the tensor there."""
+def _parts(cfg, leaves, places) -> dict[str, list[Any]]:
+  """By leaf, scales left out: a buffer for each part that is on a device."""
+  layouts = {entry.leaf: entry.layout for entry in NAMES}
   sizes = hf_names.sizes_of(cfg)
-  parts: dict[str, dict[tuple, Callable]] = {}
-  for name, slot in slots.items():
-    part = functools.partial(_weight, tensors, name, slot, sizes)
-    parts.setdefault(slot.entry.leaf, {})[slot.index] = part
+  parts: dict[str, list[Any]] = {}
+  for name, leaf in leaves.items():
+    if name.endswith(_SCALE):
+      continue
+    groups = hf_names.groups(layouts[name], sizes)
+    parts[name] = [
+      planes.part(planes.Plane(groups, box), leaf.dtype, devices)
+      for box, devices in boxes(leaf.shape, places[name]).items()
+    ]
   return parts
 
 
-def _weight(tensors, name, slot, sizes) -> np.ndarray:
-  """One tensor in its axes here; mapped, not read, unless it is FP8."""
-  x = tensors[name].array()
-  if tensors[name].dtype == 'F8_E4M3':
-    x = fp8.dequantise(x, tensors[name + _SCALE].array())
-  return hf_names.to_leaf(x, slot.entry.layout, sizes)
-
-
-def _assemble(parts, struct, index) -> np.ndarray:
-  """The part `index` of a stacked leaf, from the tensors it needs only."""
-  ranges = [range(size)[cut] for size, cut in zip(struct.shape, index)]
-  out = np.empty([len(r) for r in ranges], struct.dtype)
-  stacked = len(next(iter(parts)))
-  for place in itertools.product(*(enumerate(r) for r in ranges[:stacked])):
-    target = tuple(i for i, _ in place)
-    source = tuple(i for _, i in place)
-    out[target] = parts[source]()[tuple(index[stacked:])]
-  return out
-
-
-def save(
-  params: Mapping[str, Any],
-  path: str | os.PathLike,
-  cfg: settings.ModelConfig,
-  *,
-  dtype: str = 'bfloat16',
-  shard_bytes: int = 5 * 10**9,
-  beside: Sequence[pathlib.Path] = (),
-) -> None:
-  """Writes a checkpoint that transformers and its kin read.
-
-  The files appear at `path` all at once, when all of them are on disk.
-
-  Args:
-    params: parameters; every part of them on this host's devices.
-    path: a directory that does not exist yet or is empty.
-    cfg: shape of the model.
-    dtype: float32, bfloat16, or fp8 (see `fp8.quantise`: what was FP8 and was
-      loaded as float32 gets its bytes back). The router is float32 in any case.
-    shard_bytes: largest file.
-    beside: files to copy next to the weights, such as a tokenizer's.
-
-  Raises:
-    ValueError: `dtype` is unknown, leaves are missing, unexpected or of another
-      shape, or the format cannot express the model.
-    FileExistsError: something is at `path`.
-    OSError: a file could not be written; nothing is left at `path`.
-  """
-  path = pathlib.Path(path).absolute()
-  if dtype not in _STORED:
-    raise ValueError(f'hf.save: dtype={dtype!r}: choose {", ".join(_STORED)}')
-  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-    raise FileExistsError(f'{path} is there already: give an empty directory')
-  tree = hf_config.to_json(cfg, dtype)
-  items = _items(cfg, _flatten(cfg, params), dtype)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = tempfile.mkdtemp(prefix=f'{path.name}.partial-', dir=path.parent)
-  try:
-    partial = pathlib.Path(partial)
-    shards.write(partial, items, shard_bytes)
-    shards.write_json(partial / 'config.json', tree)
-    for file in beside:
-      shutil.copyfile(file, partial / file.name)
-    partial.chmod(0o755)  # made private by mkdtemp
-    partial.rename(path)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flatten(cfg, params) -> dict[str, Any]:
-  """Leaves by path, after checking them against the model's."""
-
-  def leaves(tree):
-    return {
-      jax.tree_util.keystr(key, simple=True, separator='/'): leaf
-      for key, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-  found, wanted = leaves(params), leaves(shapes.abstract(cfg))
-  errors = [f'{name}: missing' for name in sorted(wanted.keys() - found.keys())]
-  errors += [
-    f'{name}: unknown' for name in sorted(found.keys() - wanted.keys())
-  ]
-  for name in sorted(found.keys() & wanted.keys()):
-    shape, right = found[name].shape, wanted[name].shape
-    if shape != right:
-      errors.append(f'{name}: shape {shape}, the model has {right}')
-    elif not getattr(found[name], 'is_fully_addressable', True):
-      errors.append(f'{name}: parts of it are on other hosts')
-  if errors:
-    raise ValueError('hf.save: params: ' + shards.listing(errors))
+def boxes(
+  shape: tuple[int, ...], place: jax.sharding.Sharding | None
+) -> dict[tuple[range, ...], list[Any]]:
+  """The parts of an array on this process's devices, and who holds each."""
+  if place is None:
+    return {tuple(range(size) for size in shape): [None]}
+  found: dict[tuple[range, ...], list[Any]] = {}
+  for device, index in place.addressable_devices_indices_map(shape).items():
+    box = tuple(range(size)[cut] for size, cut in zip(shape, index))
+    found.setdefault(box, []).append(device)
   return found
 
 
-def _items(cfg, leaves, dtype) -> Sequence[shards.Item]:
-  """What to write, in order; see `shards.Item`."""
-  sizes = hf_names.sizes_of(cfg)
-  # The tensors of one leaf's layer follow each other.
-  fetch = functools.lru_cache(1)(lambda leaf, row: _row(leaves[leaf], row))
-  items = []
-  for name, slot in hf_names.slots(cfg).items():
-    specs = {name: (_STORED[dtype], slot.shape)}
-    if slot.last in _FLOAT32:
-      specs = {name: ('F32', slot.shape)}
-    elif dtype == 'fp8' and slot.last in _QUANTISED:
-      scale = fp8.scale_shape(slot.shape)
-      specs = {name: ('F8_E4M3', slot.shape), name + _SCALE: ('F32', scale)}
-    make = functools.partial(_arrays, fetch, name, slot, sizes, specs)
-    items.append(shards.Item(specs, make))
-  return items
+def _array(leaf, place, parts) -> jax.Array:
+  if place is None:
+    return parts[0].arrays(leaf.shape)[0]
+  arrays = [
+    x for part in parts for x in part.arrays(place.shard_shape(leaf.shape))
+  ]
+  return jax.make_array_from_single_device_arrays(leaf.shape, place, arrays)
 
 
-def _arrays(fetch, name, slot, sizes, specs) -> dict[str, np.ndarray]:
-  """The tensors of one item: a weight, and its scales if it is FP8."""
-  row, rest = slot.index[:1], slot.index[1:]
-  x = fetch(slot.entry.leaf, *row or (None,))[rest]
-  x = hf_names.to_file(x, slot.entry.layout, sizes)
-  if len(specs) == 1:
-    return {name: x.astype(shards.DTYPES[specs[name][0]])}
-  try:
-    code, scale = fp8.quantise(x)
-  except ValueError as error:
-    raise ValueError(f'{name}: {error}') from error
-  return {name: code, name + _SCALE: scale}
+def _scale_leaves(leaves, places, slots, scales) -> dict[str, jax.Array]:
+  """The leaves of scales, where the parameters are codes."""
+  by_leaf: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+  for name, slot in slots.items():
+    if slot.entry.leaf + _SCALE in leaves:
+      flipped = hf_names.flipped(slot.entry.layout)
+      scale = scales[name + _SCALE]
+      by_leaf.setdefault(slot.entry.leaf + _SCALE, {})[slot.index] = (
+        scale.T if flipped else scale
+      )
 
+  def read(name: str, index) -> np.ndarray:
+    ranges = [range(n)[cut] for n, cut in zip(leaves[name].shape, index)]
+    stacked = itertools.product(*ranges[:-2])
+    flat = np.stack([by_leaf[name][place] for place in stacked])
+    return flat.reshape([len(r) for r in ranges])
 
-def _row(leaf: Any, row: int | None) -> np.ndarray:
-  """Fetches one layer of a leaf to the host; all of it if `row` is None."""
-  if row is None:
-    return np.asarray(leaf)
-  if not isinstance(leaf, jax.Array):
-    return np.asarray(leaf[row])
-  # Piece by piece: indexing the whole would move all of it between devices.
-  out = np.empty(leaf.shape[1:], leaf.dtype)
-  for shard in leaf.addressable_shards:
-    rows = range(leaf.shape[0])[shard.index[0]]
-    if shard.replica_id == 0 and row in rows:
-      # A piece is on one device; the caller's mesh may have more.
-      with jax.set_mesh(jax.sharding.Mesh(np.array(shard.device), ())):
-        out[shard.index[1:]] = np.asarray(shard.data[row - rows.start])
-  return out
+  return {
+    name: jax.make_array_from_callback(
+      leaves[name].shape, places[name], functools.partial(read, name)
+    )
+    if places[name]
+    else jnp.asarray(read(name, (slice(None),) * len(leaves[name].shape)))
+    for name in by_leaf
+  }

@@ -10,12 +10,11 @@ import itertools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from m2 import config
-from m2.checkpoint import fp8, shards
+from m2.checkpoint import fp8, shards, storage
 
 MAX_MODULES = 3  # layer numbers that readers of M2 reserve for MTP modules
 
@@ -106,7 +105,7 @@ def read(path: str | os.PathLike) -> config.ModelConfig:
   hold none.
 
   Args:
-    path: checkpoint directory with config.json.
+    path: checkpoint directory, or its URL, with config.json.
 
   Returns:
     The model's configuration.
@@ -116,10 +115,11 @@ def read(path: str | os.PathLike) -> config.ModelConfig:
     ValueError: it is not JSON; or keys are missing, have wrong types, or ask
       for what this model does not have: one error that lists them.
   """
-  path = pathlib.Path(path)
-  file = path / 'config.json'
+  folder = storage.folder(path)
+  file = folder.file('config.json')
+  text = folder.read('config.json').tobytes()
   try:
-    tree = json.loads(file.read_text())
+    tree = json.loads(text)
   except ValueError as error:
     raise ValueError(f'{file}: not JSON: {error}') from error
   if not isinstance(tree, dict):
@@ -230,7 +230,7 @@ def _rotary(tree, head_dim: int, errors: list[str]) -> dict[str, Any]:
   return {'rope_theta': float(theta), 'rotary_dim': dim}
 
 
-def _modules(path: pathlib.Path, layers: int) -> int:
+def _modules(path: str | os.PathLike, layers: int) -> int:
   names = shards.names(path)
   return sum(
     f'model.layers.{layers + module}.eh_proj.weight' in names

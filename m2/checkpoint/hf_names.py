@@ -6,6 +6,7 @@ walk the one table `NAMES`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -143,6 +144,44 @@ def _places(
       index = (row,) if expert is None else (row, expert)
       name = pattern.format(layer=number, module=number, expert=expert)
       yield number, index, name
+
+
+class Group(NamedTuple):
+  """Neighbouring axes of a leaf that come from one axis of the file.
+
+  Attributes:
+    source: that axis of the file.
+    where: the index along it of each place in these axes of the leaf.
+  """
+
+  source: int
+  where: np.ndarray
+
+
+def groups(layout: str, sizes: Mapping[str, int]) -> list[Group]:
+  """How the axes of a leaf follow from those of the file, one after another."""
+  left, right = layout.split('->')
+  found = []
+  for source, axes in itertools.groupby(
+    right.split(','), lambda axis: _source(left, axis)
+  ):
+    letters = left.split(',')[source]
+    flat = np.arange(math.prod(sizes[letter] for letter in letters))
+    part = f'{letters}->{",".join(axes)}'
+    found.append(Group(source, to_leaf(flat, part, sizes)))
+  return found
+
+
+def flipped(layout: str) -> bool:
+  """Whether the leaf begins with an axis of the file's columns."""
+  left, right = layout.split('->')
+  return _source(left, right) == 1
+
+
+def _source(left: str, axis: str) -> int:
+  return next(
+    i for i, part in enumerate(left.split(',')) if axis[0].upper() in part
+  )
 
 
 def to_leaf(x: np.ndarray, layout: str, sizes: Mapping[str, int]) -> np.ndarray:

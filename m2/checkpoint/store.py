@@ -16,7 +16,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from m2 import config
 from m2.checkpoint import directory as layout
-from m2.checkpoint import hf
+from m2.checkpoint import hf, storage
 from m2.model import mtp
 from m2.model import params as model_params
 from m2.parallel import hosts, sharding
@@ -223,7 +223,7 @@ def load_params(
 
   Args:
     path: a workdir, a directory of checkpoints, one step of it, or a Hugging
-      Face model directory.
+      Face model directory, which may be the URL of one in an object store.
     cfg: shape and stored type wanted. MTP modules that the checkpoint lacks
       are made by `m2.model.mtp.expand`; 0 leaves out those it has.
     mesh: where to put them; None = the first device.
@@ -233,10 +233,13 @@ def load_params(
     ValueError: a Hugging Face model that does not fit (`m2.checkpoint.hf`), or
       fewer MTP modules wanted than there are.
   """
-  path = pathlib.Path(path)
-  if not path.is_dir():
-    raise CheckpointError(f'{path} is not a directory')
-  if any(path.glob('*.safetensors')):
+  public = storage.is_url(path)
+  if not public:
+    path = pathlib.Path(path)
+    if not path.is_dir():
+      raise CheckpointError(f'{path} is not a directory')
+    public = any(path.glob('*.safetensors'))
+  if public:
     modules = hf.config(path).mtp_modules
     found = dataclasses.replace(cfg, mtp_modules=modules)
     return _fit_modules(cfg, mesh, modules, hf.load(path, found, mesh))

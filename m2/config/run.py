@@ -20,7 +20,7 @@ MODES: dict[str, tuple[str, ...]] = {
   'rl': (*_SHARED, *_AGENT, 'forge'),
   'eval': ('model', 'mesh', 'checkpoint', *_AGENT, 'eval'),
   'evolve': (*_TRAIN, *_AGENT, 'evolve'),
-  'convert': ('convert',),
+  'convert': ('mesh', 'convert'),
   'quickstart': (*_TRAIN, *_AGENT, 'forge', 'evolve', 'stages'),
 }
 

@@ -303,8 +303,7 @@ def local_rows(mesh: Mesh, batch: int) -> list[int]:
 def to_device(
   batch: Mapping[str, np.ndarray], mesh: Mesh, size: int
 ) -> dict[str, jax.Array]:
-  """Puts rows on this host's devices: over data, fsdp and expert, tokens over
-  context.
+  """Puts rows on this host's devices; tokens of a row over `context`.
 
   Args:
     batch: the rows that `local_rows(mesh, size)` lists.

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from m2 import config as settings
-from m2.checkpoint import store
+from m2.checkpoint import storage, store
 from m2.data import tokenizer as tokenizers
 from m2.parallel import hosts
 from m2.train import state as train_state
@@ -36,6 +36,11 @@ def data_config(config: settings.RunConfig) -> settings.DataConfig:
   start = config.checkpoint.init_from
   if config.data.tokenizer or not start:
     return config.data
+  if storage.is_url(start):
+    raise ValueError(
+      f'checkpoint.init_from={start} is no path on this disk: copy its '
+      'tokenizer.json here and name it in data.tokenizer'
+    )
   path = pathlib.Path(start)
   for folder in (path, *path.resolve().parents[:2]):
     if (folder / 'tokenizer.json').is_file():
@@ -77,9 +82,10 @@ def begin(
     hosts.say(f'resumed from step {restored.step}')
     return restored
   if config.checkpoint.init_from:
-    path = pathlib.Path(config.checkpoint.init_from)
-    params = store.load_params(path, config.model, mesh)
-    _check_tokenizer(path, run_note)
+    start = config.checkpoint.init_from
+    params = store.load_params(start, config.model, mesh)
+    if not storage.is_url(start):
+      _check_tokenizer(pathlib.Path(start), run_note)
     return store.Restored(train_state.start(params, mesh, optimizer), 0, {})
   key = jax.random.key(config.seed)
   state = train_state.create(config.model, key, mesh, optimizer)

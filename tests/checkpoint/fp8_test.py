@@ -34,6 +34,34 @@ class Fp8Test(parameterized.TestCase):
       want = np.float32(code[i, j]) * scale[i // 128, j // 128]
       self.assertEqual(out[i, j], want)
 
+  def test_every_code(self):
+    code = np.tile(np.arange(256, dtype=np.uint8), (3, 1)).view(fp8.DTYPE)
+    scale = np.array([[2.0**-9, 1e3]], np.float32)
+    want = code.astype(np.float32) * np.repeat(scale, 128, axis=1)
+    np.testing.assert_array_equal(fp8.dequantise(code, scale), want)
+    self.assertEqual(np.isnan(want).sum(), 6)
+
+  def test_a_part_cut_anywhere(self):
+    code, scale = codes((300, 400), 448), scales((300, 400))
+    out = np.empty((150, 200), np.float16)
+    got = fp8.dequantise(code[70:220, 130:330], scale, out, (70, 130))
+    want = fp8.dequantise(code, scale)[70:220, 130:330]
+    np.testing.assert_array_equal(got, want.astype(np.float16))
+
+  def test_codes_are_the_nearest_ties_to_even(self):
+    value = np.arange(127, dtype=np.uint8).view(fp8.DTYPE).astype(np.float32)
+    ties = (value[1:] + value[:-1]) / 2
+    weight = np.zeros((128, 128), np.float32)
+    points = [value, ties, *(np.nextafter(ties, x) for x in (-1, 1e9))]
+    points = np.concatenate(points).astype(np.float32)
+    weight.reshape(-1)[: 2 * points.size] = [*points, *-points]
+    weight[-1, :2] = 448.0, 0.0  # the scale is 1
+    code, scale = fp8.quantise(weight)
+    self.assertEqual(scale[0, 0], 1)
+    np.testing.assert_array_equal(
+      code.view(np.uint8), weight.astype(fp8.DTYPE).view(np.uint8)
+    )
+
   @parameterized.parameters(*SHAPES)
   def test_error_is_half_a_step(self, *shape):
     weight = random(shape)

@@ -16,7 +16,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from m2 import config
-from m2.checkpoint import hf, hf_names, shards
+from m2.checkpoint import hf, hf_names, hf_save, shards
 from m2.model import params as model_params
 from m2.model import transformer
 from m2.parallel import mesh as meshes
@@ -142,7 +142,7 @@ class NamesTest(FilesTest):
       self.assertEqual(leaf.shape, here, slot)
 
   def test_full_size_counts_of_the_released_checkpoint(self):
-    items = hf._items(config.ModelConfig(), {}, 'fp8')
+    items = hf_save.items(config.ModelConfig(), {}, 'fp8')
     specs = {name: spec for item in items for name, spec in item.specs.items()}
     scales = [s for name, (_, s) in specs.items() if name.endswith('scale_inv')]
     self.assertLen(specs, 96_103)
