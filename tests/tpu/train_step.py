@@ -100,7 +100,7 @@ def main(topology: str, sizes: dict[str, int]) -> None:
 
 
 def _slices(devices: np.ndarray) -> list[int]:
-  return sorted({device.slice_index for device in devices.flat})
+  return sorted({getattr(x, 'slice_index', 0) for x in devices.flat})
 
 
 if __name__ == '__main__':
