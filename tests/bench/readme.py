@@ -94,6 +94,15 @@ def step_time(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def by_tokens(result: dict[str, Any]) -> list[dict[str, Any]]:
+  """A result's rows; those of a case, such as a rate, need no tokens."""
+
+  def size(row: dict[str, Any]) -> tuple[int, int]:
+    return row.get('tokens', 0), row.get('experts', 0)
+
+  return sorted(result['rows'], key=size)
+
+
 def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
   """The experts' first product, evenly routed."""
 
@@ -115,7 +124,7 @@ def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
       f'`{result["commit"][:9]}`',
     ]
     for result in results
-    for row in result['rows']
+    for row in by_tokens(result)
     if 'seconds' in row and shown(row)
   ]
   head = (
@@ -148,7 +157,7 @@ def moe(results: Sequence[dict[str, Any]]) -> str:
       f'`{result["commit"][:9]}`',
     ]
     for result in results
-    for row in result['rows']
+    for row in by_tokens(result)
     if row.get('routing') == 'uniform'
   ]
   head = (
@@ -174,7 +183,7 @@ def route(results: Sequence[dict[str, Any]]) -> str:
       f'`{result["commit"][:9]}`',
     ]
     for result in results
-    for row in result['rows']
+    for row in by_tokens(result)
     if row['part'] in ('permute', 'combine') and row['routing'] == 'uniform'
   ]
   head = (
