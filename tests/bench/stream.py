@@ -14,6 +14,7 @@ others on the machine disturb less. The last rows save what was loaded.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -101,7 +102,9 @@ def child(path: pathlib.Path, dtype: str, sizes: str, save: str) -> None:
   """Loads, perhaps saves, and prints seconds and bytes."""
   mesh = None
   if sizes:
-    mesh = meshes.make_mesh(config.MeshConfig(*map(int, sizes.split('x'))))
+    ways = [int(size) for size in sizes.split('x')]
+    jax.config.update('jax_num_cpu_devices', math.prod(ways))
+    mesh = meshes.make_mesh(config.MeshConfig(*ways))
   cfg = hf.config(path)
   before = peak()
   start, begun = time.perf_counter(), time.process_time()
@@ -112,6 +115,7 @@ def child(path: pathlib.Path, dtype: str, sizes: str, save: str) -> None:
     shard.data.nbytes
     for leaf in jax.tree.leaves(params)
     for shard in leaf.addressable_shards
+    if shard.replica_id == 0  # CPU devices share the memory of replicas
   )
   row['peak'] = peak()
   if save:
