@@ -102,7 +102,8 @@ def kill_once(
     if moment == 'start':
       time.sleep(rng.uniform(0, 6))
     else:
-      more = rng.randint(1, 2 * EVERY)
+      # A save is committed when the next one begins: most attempts get on.
+      more = rng.randint(1, 6 * EVERY)
       run.wait_for(lambda: taken(workdir, attempt) >= more, 0.002)
     if moment == 'save':
       run.wait_for(lambda: is_saving(workdir), 0.0005)
