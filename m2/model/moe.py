@@ -55,11 +55,11 @@ def route(
   Returns:
     score_BTE float32, index_BTX int32 (E = slot not used), weight_BTX float32.
   """
-  gate_DE = sharding.place(weights['gate'], None, None)
-  logit_BTE = sharding.einsum(
+  logit_BTE = sharding.project(
     'btd,de->bte',
     x_BTD.astype(jnp.float32),
-    gate_DE,
+    weights['gate'],
+    axes=(TOKENS, ('embed', None)),
     out=TOKENS,
     precision=jax.lax.Precision.HIGHEST,
   )

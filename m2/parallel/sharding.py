@@ -6,7 +6,7 @@ so that the model also runs on one device with plain arrays.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
 # before use; rows of the batch are split over every axis but `tensor`.
 RULES: dict[str, str | tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
-  'vocab': ('expert', 'tensor'),
+  'vocab': ('tensor', 'expert'),
   'embed': 'fsdp',
   'heads': 'tensor',
   'kv_heads': 'tensor',
@@ -95,19 +95,92 @@ def manual(function: Callable, in_specs: Sequence[P], out_specs: Any):
   return wrapped
 
 
+def project(
+  equation: str,
+  x: jax.Array,
+  weight: jax.Array,
+  *,
+  axes: tuple[Sequence[str | None], Sequence[str | None]],
+  out: Sequence[str | None],
+  **kwargs,
+) -> jax.Array:
+  """`jnp.einsum` of activations and a stored weight.
+
+  The weight is gathered where it is used, so that its gradient comes back by
+  reduce-scatter (`gathered`); sums over split dimensions are completed.
+
+  Args:
+    equation: of `x` and `weight`.
+    x: activations.
+    weight: as stored.
+    axes: logical axes of both.
+    out: logical axes of the result.
+    **kwargs: of `jnp.einsum`.
+  """
+
+  def local(x, weight):
+    reach = jax.typeof(x).mat.varying if axis_sizes() else ()
+    weight = gathered(weight, *axes[1], over=reach)
+    y = jax.numpy.einsum(equation, x, weight, **kwargs)
+    return total(y, out)
+
+  return manual(local, [spec(*one) for one in axes], spec(*out))(x, weight)
+
+
+def gathered(
+  weight: jax.Array, *axes: str | None, over: Iterable[str] | None = None
+) -> jax.Array:
+  """A weight as it is used, from the block stored here; inside `manual`.
+
+  all-gather of its `embed` and `vocab` dimensions over their mesh axes but
+  `tensor`; its transpose is the reduce-scatter of the gradient, and the sum
+  over axes that hold copies then is of the scattered part.
+
+  Args:
+    weight: this device's block.
+    axes: logical axes of its dimensions.
+    over: mesh axes over which its use differs; None is all.
+  """
+  sizes = axis_sizes()
+  if not sizes:
+    return weight
+  weight = varying(weight, over)
+  for dim, axis in enumerate(axes):
+    if axis in ('embed', 'vocab'):
+      names = [name for name in mesh_axes(axis) if name != 'tensor']
+      names = tuple(name for name in names if sizes[name] > 1)
+      if names:
+        weight = jax.lax.all_gather(weight, names, axis=dim, tiled=True)
+  return weight
+
+
+def total(x: jax.Array, out: Sequence[str | None]) -> jax.Array:
+  """Sums over the mesh axes along which `x` differs and `out` does not."""
+  if not axis_sizes():
+    return x
+  kept = {name for axis in out if axis for name in mesh_axes(axis)}
+  axes = tuple(a for a in axis_sizes() if a in jax.typeof(x).mat.varying - kept)
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+  """The mesh axes of a logical axis, major first."""
+  names = RULES[axis]
+  return (names,) if isinstance(names, str) else names
+
+
 def axis_sizes() -> Mapping[str, int]:
   """Mesh axis sizes, empty without a mesh."""
   return dict(jax.sharding.get_abstract_mesh().shape)
 
 
-def varying(x: jax.Array) -> jax.Array:
-  """Marks a value as differing over every mesh axis, inside `manual`.
+def varying(x: jax.Array, over: Iterable[str] | None = None) -> jax.Array:
+  """Marks a value as differing over mesh axes, all if None, inside `manual`.
 
   Its transpose sums the gradient over the axes that held copies.
   """
-  axes = tuple(
-    axis for axis in axis_sizes() if axis not in jax.typeof(x).mat.varying
-  )
+  wanted = axis_sizes() if over is None else over
+  axes = tuple(a for a in wanted if a not in jax.typeof(x).mat.varying)
   return jax.lax.pcast(x, axes, to='varying') if axes else x
 
 
