@@ -1,6 +1,6 @@
 """Grouped-query attention with whole-vector QK-norm and partial RoPE."""
 
-import itertools
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -12,12 +12,14 @@ import pallas_kernels
 from m2 import config
 from m2.model import cache as kv
 from m2.model import norm
-from m2.parallel import sharding
+from m2.parallel import context, sharding
 from pallas_kernels.attention import ref
 
-HEADS = ('batch', None, 'heads', None)
-KV_HEADS = ('batch', None, 'kv_heads', None)
-HIDDEN = ('batch', None, None)
+HEADS = ('batch', 'sequence', 'heads', None)
+KV_HEADS = ('batch', 'sequence', 'kv_heads', None)
+HIDDEN = ('batch', 'sequence', None)
+# Keys and values of whole rows, as a cache has them.
+CACHED = ('batch', None, 'kv_heads', None)
 
 
 class Attention(nn.Module):
@@ -157,20 +159,24 @@ def attend(
 
 
 def _local_attention(q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B, scale):
-  """Attention on each device's own rows and heads."""
-  heads, kv_heads = sharding.spec(*HEADS), sharding.spec(*KV_HEADS)
-  rows = sharding.spec('batch', None)
-  specs = (heads, kv_heads, kv_heads, rows, sharding.spec('batch'))
-  operands = (q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B)
-  present = [x is not None for x in operands]
+  """Attention on each device's own rows, heads and part of the tokens."""
+  if offset_B is None:
+    specs = (HEADS, KV_HEADS, KV_HEADS, ('batch', 'sequence'))
+    operands = (q_BTNH, k_BSKH, v_BSKH, until_BS)
+    function = functools.partial(context.attention, scale=scale)
+  else:
+    specs = (HEADS, CACHED, CACHED, ('batch', None), ('batch',))
+    operands = (q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B)
 
-  def local(q, k, v, until, offset_B=None):
-    return pallas_kernels.attention(
-      q, k, v, until, offset_B=offset_B, scale=scale
-    )
+    def function(q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B):
+      return pallas_kernels.attention(
+        q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B=offset_B, scale=scale
+      )
 
-  run = sharding.manual(local, list(itertools.compress(specs, present)), heads)
-  return run(*itertools.compress(operands, present))
+  run = sharding.manual(
+    function, [sharding.spec(*axes) for axes in specs], sharding.spec(*HEADS)
+  )
+  return run(*operands)
 
 
 def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
@@ -178,11 +184,16 @@ def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
 
   Holds all scores at once: for introspection of small batches.
   """
+  specs = [HEADS, CACHED, ('batch', None), ('batch',)]
   if offset_B is None:
     offset_B = jnp.zeros_like(until_BS[:, 0])
-  axes = sharding.RULES['batch']
+    specs[1:3] = KV_HEADS, ('batch', 'sequence')
+  axes = (*sharding.RULES['batch'], context.AXIS)
 
   def local(q, k, until, offset):
+    if specs[1] == KV_HEADS:
+      k, until = context.whole(k), context.whole(until)
+      offset += context.first(q.shape[1])
     largest_N, entropy_N, count = _score_sums(q, k, until, offset, scale)
     if sharding.axis_sizes():
       # The maximum has no derivative across devices; nobody needs one.
@@ -193,14 +204,7 @@ def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
 
   heads = sharding.spec('heads')
   run = sharding.manual(
-    local,
-    (
-      sharding.spec(*HEADS),
-      sharding.spec(*KV_HEADS),
-      sharding.spec('batch', None),
-      sharding.spec('batch'),
-    ),
-    (heads, heads),
+    local, [sharding.spec(*axes) for axes in specs], (heads, heads)
   )
   largest_N, entropy_N = run(q_BTNH, k_BSKH, until_BS, offset_B)
   return {'attn_max_logit_N': largest_N, 'attn_entropy_N': entropy_N}

@@ -163,9 +163,7 @@ def spanned(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
   """Mesh axes along which members of a group differ, in mesh order."""
   places = np.unravel_index(members, tuple(mesh.values()))
   return tuple(
-    axis
-    for axis, place in zip(mesh, places)
-    if (place != place[:, :1]).any()
+    axis for axis, place in zip(mesh, places) if (place != place[:, :1]).any()
   )
 
 
