@@ -36,6 +36,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       data=settings.DataConfig(batch=512, length=4096),
       checkpoint=settings.CheckpointConfig(),
       log=settings.LogConfig(),
+      plan=settings.PlanConfig(),
     )
   )
   if 'e64' in words:

@@ -44,6 +44,7 @@ class Collective:
     name: of the instruction.
     kind: one of `KINDS`.
     axes: mesh axes over which its groups reach.
+    sizes: of these axes.
     ways: devices of a group.
     size: bytes of the whole array: gathered, or before it is scattered.
     dtype: of its first array.
@@ -54,6 +55,7 @@ class Collective:
   name: str
   kind: str
   axes: tuple[str, ...]
+  sizes: tuple[int, ...]
   ways: int
   size: int
   dtype: str
@@ -114,7 +116,15 @@ def _read(one, kind, mesh, times) -> Collective:
   if kind == 'collective-permute':
     ways = math.prod(mesh[axis] for axis in axes)
   return Collective(
-    one.name, kind, axes, ways, size, arrays[0].dtype, times, one.origin
+    one.name,
+    kind,
+    axes,
+    tuple(mesh[axis] for axis in axes),
+    ways,
+    size,
+    arrays[0].dtype,
+    times,
+    one.origin,
   )
 
 

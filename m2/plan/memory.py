@@ -1,0 +1,100 @@
+"""Bytes of one device's memory by what they are for.
+
+The compiler says how much a program holds at its peak and what comes in and
+goes out. Of that, weights, moments, batch, gradients and what the forward pass
+keeps for the backward pass follow from shapes and shardings; the rest is work
+space. `estimate` is the same made without a compiler, for the search.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from m2.plan import counts
+
+# Work space beyond the analytic count: copies between layouts, padding of
+# tiles, what the scheduler keeps alive. Calibrated on compiled plans
+# (tests/plan/memory_test.py holds the estimate to them).
+SLACK = 1.25
+FIXED = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device at the peak of a program.
+
+  Attributes:
+    weights: parameters that come in.
+    optimiser: moments and counters.
+    cache: keys and values of generation.
+    batch: what a call brings along: tokens, requests.
+    gradients: of all parameters, at once.
+    residuals: what the forward pass keeps for the backward pass.
+    work: everything else: gathered weights, activations inside a layer.
+  """
+
+  weights: float
+  optimiser: float = 0.0
+  cache: float = 0.0
+  batch: float = 0.0
+  gradients: float = 0.0
+  residuals: float = 0.0
+  work: float = 0.0
+
+  @property
+  def peak(self) -> float:
+    return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def on_device(tree: Any) -> int:
+  """Bytes of one device's part of a tree of arrays with shardings."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    total += math.prod(shape) * _itemsize(leaf.dtype)
+  return total
+
+
+def _itemsize(dtype: Any) -> int:
+  return np.dtype(dtype).itemsize
+
+
+def residuals(work: counts.Work) -> float:
+  """What every layer keeps of a microbatch, by the policy of `model.remat`."""
+  cfg = work.cfg
+  hidden = work.tokens * cfg.d_model * work.itemsize
+  heads = cfg.heads * cfg.head_dim / work.mesh['tensor']
+  kept = hidden
+  if cfg.remat != 'full':
+    kept += hidden + work.tokens * heads * work.itemsize
+  if cfg.remat == 'none':
+    kept += _inside(work)
+  return cfg.layers * (kept + work.tokens * cfg.top_k * 4)
+
+
+def _inside(work: counts.Work) -> float:
+  """Activations that one layer makes: attention, then experts."""
+  cfg = work.cfg
+  tensor, expert = work.mesh['tensor'], work.mesh['expert']
+  heads = (2 * cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim / tensor
+  tokens = work.tokens * expert
+  rows = tokens * cfg.top_k
+  wide = 3 * cfg.d_model + 5 * cfg.d_expert / tensor
+  return work.itemsize * (
+    work.tokens * heads + 2 * tokens * cfg.d_model + rows * wide
+  )
+
+
+def work_space(work: counts.Work, chunk: int) -> float:
+  """The larger of the work inside a layer and at the head, with slack."""
+  cfg = work.cfg
+  tensor, expert = work.mesh['tensor'], work.mesh['expert']
+  matrices = 3 * cfg.experts * cfg.d_model * cfg.d_expert / expert / tensor
+  layer = 2 * matrices * work.itemsize + _inside(work)
+  table = cfg.d_model * cfg.vocab / tensor * counts.F32
+  logits = min(chunk, work.tokens) * cfg.vocab / tensor * counts.F32
+  head = 2 * table + 2 * logits
+  return FIXED + SLACK * max(layer, head)
