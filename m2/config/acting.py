@@ -74,6 +74,7 @@ class EngineConfig(base.Settings):
   slots: int = 64  # sequences decoded at once
   length: int = 512  # tokens of cache per slot
   chunk: int = 16  # decode steps per device call
+  fp8: bool = False  # experts in block-FP8, made of each version that is loaded
 
   def _check(self) -> None:
     base.positive(self, 'slots length chunk')

@@ -116,6 +116,11 @@ class RunConfig(base.Settings):
     mtp = self.loss.mtp if self.loss else 0
     if self.optim and self.optim.train_only == 'mtp' and not mtp:
       errors.append('optim.train_only=mtp needs loss.mtp > 0')
+    if self.engine and self.engine.fp8:
+      try:
+        dataclasses.replace(self.model, fp8_experts=True)._check()
+      except ValueError as error:
+        errors.append(f'engine.fp8: {error}')
     if self.agent and self.agent.max_new >= self.engine.length:
       errors.append(
         f'agent.max_new={self.agent.max_new} leaves no room for a prompt in '

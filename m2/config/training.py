@@ -26,6 +26,7 @@ class ModelConfig(base.Settings):
   init_std: float = 0.02
   dtype: str = 'bfloat16'  # activations and matmuls
   param_dtype: str = 'float32'  # stored weights
+  fp8_experts: bool = False  # hold the experts in block-FP8: no training
   remat: str = 'block'  # none | block | full: see m2/model/transformer.py
 
   def _check(self) -> None:
@@ -62,6 +63,11 @@ class ModelConfig(base.Settings):
     )
     base.choice(self, 'model', 'dtype', ('float32', 'bfloat16'))
     base.choice(self, 'model', 'param_dtype', ('float32', 'bfloat16'))
+    base.require(
+      not self.fp8_experts or self.d_model % 128 == 0 == self.d_expert % 128,
+      f'model.fp8_experts needs model.d_model={self.d_model} and '
+      f'model.d_expert={self.d_expert} in multiples of 128',
+    )
     base.choice(self, 'model', 'remat', ('none', 'block', 'full'))
     base.require(
       self.mtp_modules >= 0, 'model.mtp_modules must not be negative'

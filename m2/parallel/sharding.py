@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Logical axes of each parameter, by the last name of its path.
+# Logical axes of each parameter, by the last name of its path, or last two.
 AXES: dict[str, tuple[str | None, ...]] = {
   'embed': ('vocab', 'embed'),
   'head': ('embed', 'vocab'),
@@ -30,6 +30,13 @@ AXES: dict[str, tuple[str | None, ...]] = {
   'wi_0': ('layer', 'expert', 'embed', 'ffn'),
   'wi_1': ('layer', 'expert', 'embed', 'ffn'),
   'wo': ('layer', 'expert', 'ffn', 'embed'),
+  # Block-FP8: (out, in), each matrix with the scales of its blocks.
+  'wi_0/values': ('layer', 'expert', 'ffn', 'embed'),
+  'wi_0/scale_inv': ('layer', 'expert', 'ffn', 'embed'),
+  'wi_1/values': ('layer', 'expert', 'ffn', 'embed'),
+  'wi_1/scale_inv': ('layer', 'expert', 'ffn', 'embed'),
+  'wo/values': ('layer', 'expert', 'embed', 'ffn'),
+  'wo/scale_inv': ('layer', 'expert', 'embed', 'ffn'),
   'enorm': ('layer', None),
   'hnorm': ('layer', None),
   'proj': ('layer', 'embed', None),
@@ -205,7 +212,8 @@ def param_shardings(
 
   def one(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    axes = AXES.get(name.rsplit('/', 1)[-1])
+    last = name.rsplit('/', 2)
+    axes = AXES.get('/'.join(last[-2:])) or AXES.get(last[-1])
     if axes is None:
       errors.append(f'{name}: no line in m2.parallel.sharding.AXES')
       return NamedSharding(mesh, P())

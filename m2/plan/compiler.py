@@ -21,6 +21,8 @@ LIBTPU = ROOT / '.tpu'
 # libtpu's lock file. The rest only spares it looking for a TPU host.
 ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
+  # What is compiled without a device cannot be read back.
+  'JAX_ENABLE_COMPILATION_CACHE': 'false',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_WORKER_HOSTNAMES': 'localhost',

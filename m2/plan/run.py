@@ -5,7 +5,8 @@
 
 prints, for each program, what a device holds and by category, what moves
 between devices beside what the sharding table asks for, and the bound on its
-time; `<workdir>/plan.json` holds the same. A program that does not fit is
+time; `<workdir>/plan.json` holds the same, `<workdir>/<program>.hlo` what was
+compiled. A program that does not fit is
 named with what it would take, and a configuration that fits is looked for.
 """
 
@@ -45,19 +46,22 @@ def run(
   )
   rows = []
   for name in config.plan.programs.split(','):
-    row = one(config, name)
+    row = one(config, name, workdir)
     print('\n'.join(report.lines(row)), flush=True)
     rows.append(row)
     provenance.write_json(workdir / 'plan.json', {'programs': rows})
   return rows
 
 
-def one(config: settings.RunConfig, name: str) -> dict[str, Any]:
+def one(
+  config: settings.RunConfig, name: str, workdir: pathlib.Path
+) -> dict[str, Any]:
   """The plan of one program."""
   from m2.plan import compiler, report
 
   program, target = build(config, name)
   outcome = compiler.compile_program(program)
+  (workdir / f'{name}.hlo').write_text(outcome.text)
   return report.measure(program, outcome, target, config.model)
 
 
