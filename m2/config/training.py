@@ -112,6 +112,7 @@ class OptimConfig(base.Settings):
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
+  moment: str = 'float32'  # of the first moment; bfloat16 saves memory
   weight_decay: float = 0.1  # on matrices only: never norms or biases
   clip: float = 1.0  # global gradient norm
   accumulate: int = 1  # microbatches per step
@@ -121,6 +122,7 @@ class OptimConfig(base.Settings):
 
   def _check(self) -> None:
     base.choice(self, 'optim', 'name', ('adamw', 'muon'))
+    base.choice(self, 'optim', 'moment', ('float32', 'bfloat16'))
     base.choice(self, 'optim', 'train_only', ('all', 'mtp'))
     base.positive(self, 'lr clip accumulate eps')
     for name in ('decay', 'final'):

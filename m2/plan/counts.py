@@ -270,13 +270,25 @@ def _context(work: Work, forward: float, backward: float) -> Iterator[Expected]:
   axes = _axes(work, ['context'])
   if not axes:
     return
-  cfg = work.cfg
-  tokens, ways, tensor = work.tokens, work.mesh['context'], work.mesh['tensor']
-  keys = (
-    tokens * ways * 2 * cfg.kv_heads * cfg.head_dim * work.itemsize / tensor
-  )
+  cfg, tensor = work.cfg, work.mesh['tensor']
+  keys = 2 * cfg.kv_heads * cfg.head_dim / tensor * work.itemsize
+  keys *= work.tokens * work.mesh['context']
+  heads = work.tokens * cfg.heads * cfg.head_dim / tensor * work.itemsize
+  rows = work.rows / work.ways('batch') * work.length * 4
   yield Expected('keys and values', 'all-gather', axes, keys, forward)
+  yield Expected('their masks', 'all-gather', axes, rows, forward)
   yield Expected('their gradient', 'reduce-scatter', axes, keys, backward)
+  # Outputs are kept, so only queries travel again before the backward pass.
+  yield Expected('queries', 'collective-permute', axes, heads, forward)
+  yield Expected('outputs', 'collective-permute', axes, heads, backward)
+  yield Expected(
+    'their gradients', 'collective-permute', axes, 2 * heads, backward
+  )
+
+
+def ways(mesh: Mapping[str, int], axes: Sequence[str]) -> int:
+  """Devices of a group over these mesh axes."""
+  return math.prod(mesh[axis] for axis in axes)
 
 
 def by_axes(
@@ -285,8 +297,7 @@ def by_axes(
   """Bytes on the wire by (kind, axes), as `collectives.totals` has them."""
   total: dict[tuple[str, tuple[str, ...]], float] = collections.Counter()
   for one in expected:
-    ways = math.prod(mesh[axis] for axis in one.axes)
-    wire = collectives.wire_bytes(one.kind, one.size, ways)
+    wire = collectives.wire_bytes(one.kind, one.size, ways(mesh, one.axes))
     total[one.kind, one.axes] += one.times * wire
   return dict(total)
 
@@ -333,7 +344,7 @@ def flops(
   again = training and cfg.remat != 'none'
   each = 3 + again if training else 1
   # Scores are made again block by block even where the output is kept.
-  blocks = 4 if training else 1
+  blocks = (5 if cfg.remat == 'full' else 4) if training else 1
   heads = 4 if training else 1
   useful = (3 if training else 1) * (
     cfg.layers * (matrices + router + scores / 2) + table

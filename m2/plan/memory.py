@@ -7,12 +7,17 @@ space. `estimate` is the same made without a compiler, for the search.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from m2 import config as settings
+from m2.model import params as model_params
+from m2.parallel import sharding
 from m2.plan import counts
 
 # Work space beyond the analytic count: copies between layouts, padding of
@@ -85,6 +90,40 @@ def _inside(work: counts.Work) -> float:
   wide = 3 * cfg.d_model + 5 * cfg.d_expert / tensor
   return work.itemsize * (
     work.tokens * heads + 2 * tokens * cfg.d_model + rows * wide
+  )
+
+
+@functools.cache
+def _shapes(model: settings.ModelConfig) -> Any:
+  return model_params.abstract(model)
+
+
+def estimate(config: settings.RunConfig, mesh: Mapping[str, int]) -> Memory:
+  """Of a training step, without a compiler; see `SLACK`.
+
+  Raises:
+    ValueError: a dimension does not divide over the mesh.
+  """
+  model, optimiser = config.model, config.optim
+  shapes = _shapes(dataclasses.replace(model, remat='none'))
+  grid = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
+  where = sharding.param_shardings(shapes, grid)
+  parts = jax.tree.map(
+    lambda leaf, place: math.prod(place.shard_shape(leaf.shape)), shapes, where
+  )
+  numbers = sum(jax.tree.leaves(parts))
+  stored = numbers * _itemsize(model.param_dtype)
+  rows, length = config.data.batch, config.data.length
+  work = counts.Work(
+    model, mesh, rows // optimiser.accumulate, length, optimiser.accumulate
+  )
+  return Memory(
+    weights=stored,
+    optimiser=numbers * (_itemsize(optimiser.moment) + counts.F32),
+    batch=5 * counts.F32 * rows * length / work.ways('batch', 'sequence'),
+    gradients=stored * (2 if work.parts > 1 else 1),
+    residuals=residuals(work),
+    work=work_space(work, config.loss.chunk),
   )
 
 

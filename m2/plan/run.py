@@ -17,6 +17,8 @@ from typing import Any
 from m2 import config as settings
 from m2.evolve import provenance
 
+TRIES = 3  # candidates that are compiled before giving up
+# What configs/rl.py has.
 ENGINE = settings.EngineConfig(slots=512, length=16_384)
 FORGE = settings.ForgeConfig(row_tokens=16_384, lines=512)
 
@@ -49,7 +51,46 @@ def run(
     row = one(config, name, workdir)
     print('\n'.join(report.lines(row)), flush=True)
     rows.append(row)
+    if name == 'train' and (config.plan.search or not row['fits']):
+      rows += propose(config, workdir)
     provenance.write_json(workdir / 'plan.json', {'programs': rows})
+  return rows
+
+
+def propose(
+  config: settings.RunConfig, workdir: pathlib.Path
+) -> list[dict[str, Any]]:
+  """The best configuration by count that the compiler accepts, if any.
+
+  Returns:
+    One row for every candidate compiled; only the last can fit.
+  """
+  from m2.parallel import mesh as meshes
+  from m2.plan import chips, report, roofline, search
+
+  target = chips.topology(config.plan.topology, config.plan.slices)
+  found = chips.devices(target)
+
+  def rates(mesh):
+    return roofline.chip_rates(target, meshes.make_mesh(mesh, found))
+
+  rows, candidates = [], search.search(config, target, rates)
+  print(f'{len(candidates)} configurations should fit {target}')
+  for candidate in candidates[:TRIES]:
+    print(
+      f'  {report.gib(candidate.memory.peak)} by estimate, at least '
+      f'{1e3 * candidate.seconds:.0f} ms by {candidate.by}: '
+      f'{candidate.settings()}',
+      flush=True,
+    )
+    row = one(candidate.config, 'train', workdir)
+    row['proposed'] = candidate.settings()
+    row['hbm']['estimate'] = candidate.memory.peak
+    print('\n'.join(report.lines(row)), flush=True)
+    rows.append(row)
+    if row['fits']:
+      return rows
+  print(f'nothing fits {target}: use more chips or fewer tokens a step')
   return rows
 
 
