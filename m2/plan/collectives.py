@@ -28,6 +28,10 @@ KINDS = (
 )
 # The TPU compiler's reduce-scatter is a fusion of all-reduce and slice.
 _SCATTERED = 'all-reduce-scatter'
+# An asynchronous one is written out in every fusion that it runs beside.
+_GOES_ON = re.compile(
+  r'"async_collective_fusion_config":\{"flag_start":"(?!-1")'
+)
 _EXPLICIT = re.compile(r'replica_groups=\{((?:\{[\d,\s]*\},?\s*)*)\}')
 _IOTA = re.compile(
   r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
@@ -97,7 +101,7 @@ def find(
       kind = one.opcode.removesuffix('-start')
       if kind == 'all-reduce' and computation.startswith(_SCATTERED):
         kind = 'reduce-scatter'
-      if kind in KINDS and times[computation]:
+      if kind in KINDS and times[computation] and not _GOES_ON.search(one.text):
         found.append(_read(one, kind, mesh, times[computation]))
   return found
 

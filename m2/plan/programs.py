@@ -162,9 +162,13 @@ def rollout_params(model: settings.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
   )
 
 
-def _served(model: settings.ModelConfig) -> settings.ModelConfig:
+def _served(config: settings.RunConfig) -> settings.ModelConfig:
   """The model as generation holds it: no copies in float32."""
-  return dataclasses.replace(model, param_dtype=model.dtype)
+  return dataclasses.replace(
+    config.model,
+    param_dtype=config.model.dtype,
+    fp8_experts=config.engine.fp8,
+  )
 
 
 def _slots(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> slots.Slots:
@@ -189,7 +193,7 @@ def decode_program(
   config: settings.RunConfig, mesh: jax.sharding.Mesh
 ) -> Program:
   """One token of every slot, at the full length of the cache."""
-  model, engine = _served(config.model), config.engine
+  model, engine = _served(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
   run = jax.jit(slots.decode, static_argnums=(0, 1, 2, 3), donate_argnums=5)
   work = counts.Work(model, dict(mesh.shape), engine.slots, 1)
@@ -210,7 +214,7 @@ def prefill_program(
   config: settings.RunConfig, mesh: jax.sharding.Mesh
 ) -> Program:
   """One turn of `engine.PREFILL` tokens of a full batch of prompts."""
-  model, engine = _served(config.model), config.engine
+  model, engine = _served(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
   rows = min(max(engines.ROWS[1], _ways(mesh)), engine.slots)
   where = jax.sharding.NamedSharding(mesh, jax.P())
