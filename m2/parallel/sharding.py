@@ -95,7 +95,7 @@ def manual(function: Callable, in_specs: Sequence[P], out_specs: Any):
     if not active():
       return function(*args)
     placed = [
-      jax.tree.map(lambda leaf, s=s: jax.sharding.reshard(leaf, s), arg)
+      jax.tree.map(_move, s, arg, is_leaf=lambda x: isinstance(x, P))
       for arg, s in zip(args, in_specs, strict=True)
     ]
     return jax.shard_map(
@@ -103,6 +103,10 @@ def manual(function: Callable, in_specs: Sequence[P], out_specs: Any):
     )(*placed)
 
   return wrapped
+
+
+def _move(where: P, part: Any) -> Any:
+  return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, where), part)
 
 
 def project(
