@@ -104,8 +104,14 @@ def rl(work: Work) -> list[Expected]:
   return [*train(work), *(one for one in extra if one.axes)]
 
 
-def forward(work: Work, *, logits: int) -> list[Expected]:
-  """Those of a forward pass with a cache that samples `logits` rows."""
+def forward(work: Work, *, logits: int, entries: int = 0) -> list[Expected]:
+  """Those of a forward pass with a cache that samples `logits` rows.
+
+  Args:
+    work: the pass.
+    logits: rows that a token is sampled for.
+    entries: of each row that come from slots and go to slots.
+  """
   layers = work.cfg.layers
   gathers = [
     one
@@ -130,7 +136,14 @@ def forward(work: Work, *, logits: int) -> list[Expected]:
       ),
       Expected('logits', 'all-to-all', axes, owned * slice_V * F32, 1),
     ]  # fmt: skip
-  # Choices are routed once here; training routes them again.
+  if entries:
+    rows = _axes(work, sharding.RULES['batch'])
+    keys = 2 * work.cfg.kv_heads * work.cfg.head_dim / work.mesh['tensor']
+    size = work.rows * entries * keys * work.itemsize
+    moved += [
+      Expected('rows from slots', 'reduce-scatter', rows, size, layers),
+      Expected('rows to slots', 'all-gather', rows, size, layers),
+    ]
   return [one for one in (*gathers, *moved) if one.size and one.axes]
 
 

@@ -251,7 +251,7 @@ def prefill_program(
     engine.length,
     False,
     dataclasses.replace(held, batch=held.batch + memory.on_device(admission)),
-    tuple(counts.forward(work, logits=count)),
+    tuple(counts.forward(work, logits=count, entries=engine.length)),
     count / (rows * engines.PREFILL),
   )  # fmt: skip
 
