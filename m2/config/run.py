@@ -107,8 +107,11 @@ class RunConfig(base.Settings):
         f'data.batch={self.data.batch} is not a multiple of '
         f'optim.accumulate={self.optim.accumulate}'
       )
-    if self.mesh and self.mesh.context != 1:
-      self._check_context(errors)
+    if self.mesh and self.engine and self.mesh.context != 1:
+      errors.append(
+        f'mesh.context={self.mesh.context}: mode {self.mode!r} generates, with '
+        'whole rows in the key-value cache; set mesh.context=1'
+      )
     if self.loss and self.loss.mtp > 0 and self.model.mtp_modules == 0:
       errors.append(
         f'loss.mtp={self.loss.mtp} needs model.mtp_modules >= 1; it is 0'
@@ -125,19 +128,6 @@ class RunConfig(base.Settings):
       errors.append(
         f'agent.max_new={self.agent.max_new} leaves no room for a prompt in '
         f'engine.length={self.engine.length}'
-      )
-
-  def _check_context(self, errors: list[str]) -> None:
-    ways = self.mesh.context
-    if self.engine:
-      errors.append(
-        f'mesh.context={ways}: mode {self.mode!r} generates, with whole rows '
-        'in the key-value cache; set mesh.context=1'
-      )
-    if self.data and ways > 1 and self.data.length % (2 * ways):
-      errors.append(
-        f'data.length={self.data.length} is not a multiple of {2 * ways} = '
-        f'2 * mesh.context'
       )
 
 

@@ -21,6 +21,7 @@ from m2.data import tokenizer as tokenizers
 
 # Mesh axes that the rows of a batch are spread over.
 ROW_AXES = ('data', 'fsdp', 'expert')
+TOKEN_AXIS = 'context'  # and the tokens of each row
 # Tokens packed together: enough documents to fill rows well, few enough to be
 # read again in well under a second when a run resumes.
 _WINDOW_TOKENS = 1 << 16
@@ -236,12 +237,12 @@ class BatchIterator(grain.DatasetIterator):
 def to_device(
   batch: Mapping[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
-  """Puts this host's rows on its devices: rows over data, fsdp and expert.
+  """Puts this host's rows on its devices, tokens over the context axis.
 
   Raises:
     ValueError: the rows do not divide over the mesh.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, None))
+  sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, TOKEN_AXIS))
   shards = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
   rows = len(batch['tokens']) * jax.process_count()
   if rows % shards:

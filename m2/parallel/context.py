@@ -27,6 +27,19 @@ def ways() -> int:
   return sharding.axis_sizes().get(AXIS, 1)
 
 
+def check(length: int, parts: int) -> None:
+  """Refuses rows that cannot be cut into parts, and these in halves.
+
+  Raises:
+    ValueError: names the length and what it must be a multiple of.
+  """
+  if parts > 1 and length % (2 * parts):
+    raise ValueError(
+      f'a row of {length} tokens (data.length) is not a multiple of '
+      f'{2 * parts} = 2 * mesh.context'
+    )
+
+
 def first(length: int) -> jax.Array | int:
   """Index in the row of the first of this device's `length` tokens."""
   return jax.lax.axis_index(AXIS) * length if ways() > 1 else 0
@@ -88,7 +101,7 @@ def attention(
     This part of the output.
 
   Raises:
-    ValueError: the part has an odd number of tokens.
+    ValueError: parts have an odd number of tokens.
   """
   parts = ways()
   if parts == 1:
@@ -96,29 +109,47 @@ def attention(
       q_BTNH, k_BTKH, v_BTKH, until_BT, scale=scale
     )
   length = q_BTNH.shape[1]
-  if length % 2:
-    raise ValueError(
-      f'a row of {length * parts} tokens is not a multiple of '
-      f'{2 * parts} = 2 * mesh.context; change the length of rows'
-    )
-  half, last = length // 2, 2 * parts - 1
-  keys = [whole(x) for x in (k_BTKH, v_BTKH, until_BT)]
-  # Of its two halves, h and last - h, a device gets the even and the odd one
-  # in one exchange each: all first halves of parts are even, all second odd.
+  check(length * parts, parts)
+  half = length // 2
+  there = [travels(parts, slot) for slot in (0, 1)]
+  back = [[(worker, owner) for owner, worker in pairs] for pairs in there]
+  index_T = jnp.concatenate(
+    [_received(parts, slot) * half + jnp.arange(half) for slot in (0, 1)]
+  )
+  o_BTNH = pallas_kernels.attention(
+    _exchange(q_BTNH, there),
+    *(whole(x) for x in (k_BTKH, v_BTKH, until_BT)),
+    query_BT=jnp.broadcast_to(index_T[None], q_BTNH.shape[:2]),
+    scale=scale,
+  )
+  return _exchange(o_BTNH, back)
+
+
+def _exchange(x_BTNH: jax.Array, routes: list) -> jax.Array:
+  """Sends both halves of each part on their routes."""
+  halves = jnp.split(x_BTNH, 2, axis=1)
+  return jnp.concatenate(
+    [jax.lax.ppermute(x, AXIS, pairs) for x, pairs in zip(halves, routes)],
+    axis=1,
+  )
+
+
+def travels(parts: int, slot: int) -> list[tuple[int, int]]:
+  """Where the first (`slot` 0) or second half of each part is computed.
+
+  Device c takes halves c and 2 * parts - 1 - c of the row, one of which is even
+  and so a first half: each slot is one exchange in which all take part.
+
+  Returns:
+    Pairs of the device that owns the half, and the one that computes it.
+  """
+  last = 2 * parts - 1
+  halves = range(slot, 2 * parts, 2)
+  return [(half // 2, min(half, last - half)) for half in halves]
+
+
+def _received(parts: int, slot: int) -> jax.Array:
+  """Index in the row of the half that this device gets in `travels`."""
   device = jax.lax.axis_index(AXIS)
-  even = jnp.where(device % 2 == 0, device, last - device)
-  outputs = []
-  for slot, index in enumerate((even, last - even)):
-    there = [(h // 2, min(h, last - h)) for h in range(slot, 2 * parts, 2)]
-    back = [(to, at) for at, to in there]
-    q_half = jax.lax.ppermute(
-      q_BTNH[:, slot * half : (slot + 1) * half], AXIS, there
-    )
-    o_half = pallas_kernels.attention(
-      q_half,
-      *keys,
-      offset_B=jnp.full(len(q_half), index * half),
-      scale=scale,
-    )
-    outputs.append(jax.lax.ppermute(o_half, AXIS, back))
-  return jnp.concatenate(outputs, axis=1)
+  other = 2 * parts - 1 - device
+  return jnp.where(device % 2 == slot, device, other)
