@@ -28,6 +28,8 @@ class ModelConfig(base.Settings):
   param_dtype: str = 'float32'  # stored weights
   fp8_experts: bool = False  # hold the experts in block-FP8: no training
   remat: str = 'block'  # none | block | full: see m2/model/transformer.py
+  expert_strategy: str = 'auto'  # gather | ragged | exchange | auto
+  expert_chunks: int = 0  # slices of tokens whose exchange overlaps; 0 = auto
 
   def _check(self) -> None:
     base.positive(self, 'vocab d_model layers heads kv_heads head_dim experts')
@@ -69,6 +71,12 @@ class ModelConfig(base.Settings):
       f'model.d_expert={self.d_expert} in multiples of 128',
     )
     base.choice(self, 'model', 'remat', ('none', 'block', 'full'))
+    strategies = 'auto', 'gather', 'ragged', 'exchange'
+    base.choice(self, 'model', 'expert_strategy', strategies)
+    base.require(
+      self.expert_chunks >= 0,
+      f'model.expert_chunks={self.expert_chunks} must not be negative',
+    )
     base.require(
       self.mtp_modules >= 0, 'model.mtp_modules must not be negative'
     )

@@ -135,8 +135,13 @@ def mix(
   if cfg.fp8_experts:
     y_BTD = serving.experts(x_BTD, routing, *matrices)
   else:
-    matrices = [w.astype(x_BTD.dtype) for w in matrices]
-    y_BTD = experts.expert_parallel(x_BTD, routing, *matrices)
+    y_BTD = experts.expert_parallel(
+      x_BTD,
+      routing,
+      *(w.astype(x_BTD.dtype) for w in matrices),
+      strategy=cfg.expert_strategy,
+      chunks=cfg.expert_chunks,
+    )
   out = {'experts_BTX': index_BTX}
   out |= _load(cfg, score_BTE, index_BTX, count_BT)
   if want_stats:

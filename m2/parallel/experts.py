@@ -1,20 +1,31 @@
 """Expert parallelism: one `shard_map` around the routed feed-forward layer.
 
-Strategy `gather`: every device of the `expert` axis sees all tokens of its
-peers (all-gather), computes the rows that chose its own experts, and gives the
-partial sums back (reduce-scatter). It runs on every platform and is the oracle
-of any other strategy. Bytes per device and direction: M * D * (n - 1) / n.
+Strategies, all of them dropless:
+
+  gather    every device of the `expert` axis sees all tokens of its peers
+            (all-gather), computes the rows that chose its own experts, and
+            gives the partial sums back (reduce-scatter). It runs on every
+            platform and is the oracle of the others.
+  exchange  a token's row goes once to each device with an expert it chose
+            (`all_to_all` over buffers of fixed size; see `exchange.py`).
+  ragged    the same, but only what the buffers hold (`ragged_all_to_all`):
+            TPUs and GPUs.
+
+`auto` asks the cost model (`cost.py`, which also has each one's bytes). With M
+tokens a device, width D and n devices on the axis, the bytes that a device
+receives forward, and again backward, are 2 * (n - 1) * M * D * itemsize for
+`gather`; `exchange` and `ragged` replace (n - 1) * M by the copies between
+devices, at most min(n - 1, X) * M, the former with some room to spare.
 """
 
 import functools
 
 import jax
+import jax.numpy as jnp
 
 import pallas_kernels
-from m2.parallel import sharding
+from m2.parallel import cost, exchange, sharding
 from pallas_kernels import dispatch
-
-STRATEGIES = ('gather',)
 
 
 def expert_parallel(
@@ -24,7 +35,8 @@ def expert_parallel(
   wi_1_EDF: jax.Array,
   wo_EFD: jax.Array,
   *,
-  strategy: str = 'gather',
+  strategy: str = 'auto',
+  chunks: int = 0,
   impl: dispatch.Impl | None = None,
 ) -> jax.Array:
   """Sum over each token's experts of weight * SwiGLU expert.
@@ -35,17 +47,22 @@ def expert_parallel(
     wi_0_EDF: gate projections (w1 of the public checkpoint).
     wi_1_EDF: up projections (w3).
     wo_EFD: down projections (w2).
-    strategy: how tokens reach their experts.
+    strategy: how tokens reach their experts, auto or one of
+      `cost.STRATEGIES`; one that is named never falls back to another.
+    chunks: equal slices of a device's tokens whose communication and products
+      overlap; 0 leaves it to the cost model.
     impl: kernel backend.
 
   Returns:
     y_BTD in the dtype of `x_BTD`, sharded like it.
 
   Raises:
-    ValueError: an unknown strategy.
+    ValueError: an unknown strategy; chunks that do not divide the tokens.
+    NotImplementedError: `ragged` on a platform whose XLA does not have it.
   """
-  if strategy not in STRATEGIES:
-    raise ValueError(f'{strategy=}: choose one of {", ".join(STRATEGIES)}')
+  if strategy != 'auto' and strategy not in cost.STRATEGIES:
+    known = ', '.join(('auto', *cost.STRATEGIES))
+    raise ValueError(f'{strategy=}: choose one of {known}')
   rows = sharding.spec('batch', 'sequence', None)
   stored = [
     ('expert', 'embed', 'ffn'),
@@ -59,7 +76,10 @@ def expert_parallel(
     x_MD, index_MX, weight_MX = (
       x.reshape(-1, x.shape[-1]) for x in (x_BTD, index_BTX, weight_BTX)
     )
-    y_MD = _gather(x_MD, index_MX, weight_MX, *weights, impl)
+    y_MD = _local(
+      x_MD, index_MX, weight_MX, *weights,
+      strategy=strategy, chunks=chunks, impl=impl,
+    )  # fmt: skip
     return y_MD.reshape(x_BTD.shape)
 
   run = sharding.manual(
@@ -75,25 +95,94 @@ def expert_parallel(
   return run(x_BTD, *routing, wi_0_EDF, wi_1_EDF, wo_EFD)
 
 
-def _gather(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl):
-  layer = functools.partial(pallas_kernels.experts, impl=impl)
+def _local(
+  x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD,
+  *, strategy, chunks, impl,
+):  # fmt: skip
+  """What one device does; sums over the `tensor` axis at the end."""
+  weights = wi_0_EDF, wi_1_EDF, wo_EFD
   sizes = sharding.axis_sizes()
   if not sizes:
-    return layer(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
+    return pallas_kernels.experts(
+      x_MD, index_MX, weight_MX, *weights, impl=impl
+    )
   # Every operand differs over every axis from here on, so that custom
   # derivatives inside see one kind of value; the transposes sum for us.
   tokens = [sharding.varying(x) for x in (x_MD, index_MX, weight_MX)]
-  weights = [sharding.varying(w) for w in (wi_0_EDF, wi_1_EDF, wo_EFD)]
-  if sizes['expert'] > 1:
-    # all-gather over 'expert': (n - 1) * M * D * itemsize in.
-    tokens = [
-      jax.lax.all_gather(x, 'expert', axis=0, tiled=True) for x in tokens
-    ]
-  x_MD, index_MX, weight_MX = tokens
-  first = jax.lax.axis_index('expert') * wi_0_EDF.shape[0]
-  # Experts of other devices are outside [0, E): they contribute nothing.
-  y_MD = layer(x_MD, index_MX - first, weight_MX, *weights)
-  if sizes['expert'] > 1:
-    # reduce-scatter over 'expert': (n - 1) * M * D * itemsize out.
-    y_MD = jax.lax.psum_scatter(y_MD, 'expert', scatter_dimension=0, tiled=True)
+  weights = [sharding.varying(w) for w in weights]
+  if sizes['expert'] == 1:  # nothing to choose: all experts are here
+    y_MD = pallas_kernels.experts(*tokens, *weights, impl=impl)
+  else:
+    layer = cost.Layer.of(x_MD, index_MX, wi_0_EDF, sizes['expert'])
+    strategy, chunks = _choose(strategy, chunks, layer)
+    run = functools.partial(STRATEGIES[strategy], chunks, impl=impl)
+    y_MD = run(*tokens, *weights)
   return jax.lax.psum(y_MD, 'tensor')
+
+
+def _choose(strategy: str, chunks: int, layer: cost.Layer) -> tuple[str, int]:
+  """What is asked for, checked, and what is left open by the cost model."""
+  platform, kind = _device()
+  if strategy == 'ragged' and platform == 'cpu':
+    raise NotImplementedError(
+      "strategy='ragged' needs ragged_all_to_all, which XLA does not have on "
+      "CPUs; use 'exchange', which sends the same rows, or 'auto'"
+    )
+  if chunks < 0 or (chunks and layer.tokens % chunks):
+    raise ValueError(
+      f'{chunks=} does not divide the {layer.tokens} tokens of a device; use '
+      'one that does, or 0 to leave it open'
+    )
+  choice = cost.choose(
+    layer,
+    kind,
+    strategies=cost.STRATEGIES if strategy == 'auto' else (strategy,),
+    chunks=(chunks,) if chunks else cost.CHUNKS,
+  )
+  _announce(layer, kind, choice)
+  return choice.strategy, choice.chunks
+
+
+def _device() -> tuple[str, str]:
+  """Platform and kind of the mesh's devices, which need not be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  return device.platform, device.device_kind
+
+
+@functools.cache
+def _announce(layer: cost.Layer, kind: str, choice: cost.Choice) -> None:
+  """Says once for each shape of layer what was chosen and why."""
+  if jax.process_index() == 0:
+    print(
+      f'experts over {layer.devices} x {kind}, {layer.tokens} tokens each: '
+      f'{choice.strategy}, chunks {choice.chunks} ({choice.reason})',
+      flush=True,
+    )
+
+
+def _gather(
+  chunks, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, *, impl
+):
+  first = jax.lax.axis_index('expert') * wi_0_EDF.shape[0]
+  rows = []
+  for part in zip(*(jnp.split(z, chunks) for z in (x_MD, index_MX, weight_MX))):
+    # all-gather over 'expert': (n - 1) * M * D * itemsize in.
+    x_MD, index_MX, weight_MX = (
+      jax.lax.all_gather(z, 'expert', axis=0, tiled=True) for z in part
+    )
+    # Experts of other devices are outside [0, E): they contribute nothing.
+    y_MD = exchange.layer(
+      x_MD, index_MX - first, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl=impl
+    )
+    # reduce-scatter over 'expert': (n - 1) * M * D * itemsize in.
+    rows.append(
+      jax.lax.psum_scatter(y_MD, 'expert', scatter_dimension=0, tiled=True)
+    )
+  return jnp.concatenate(rows)
+
+
+STRATEGIES = {
+  'gather': _gather,
+  'exchange': functools.partial(exchange.run, 'exchange'),
+  'ragged': functools.partial(exchange.run, 'ragged'),
+}

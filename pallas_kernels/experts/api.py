@@ -26,6 +26,7 @@ def experts(
   wi_1_EDF: Float[Array, 'E D F'],
   wo_EFD: Float[Array, 'E F D'],
   *,
+  rows: int | None = None,
   impl: dispatch.Impl | None = None,
 ) -> Float[Array, 'M D']:
   """Sum over each token's experts of weight * (silu(x wi_0) * (x wi_1)) wo.
@@ -41,6 +42,8 @@ def experts(
     wi_0_EDF: gate projections.
     wi_1_EDF: up projections.
     wo_EFD: down projections.
+    rows: choices that contribute, at the most, for which room is made; None =
+      M * X. The caller answers for it: those past it would be lost.
     impl: backend; None picks the best for this platform.
 
   Raises:
@@ -53,7 +56,7 @@ def experts(
     'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, wi_0_EDF.shape[1:]),
   }
   run = dispatch.pick('experts', impl, BACKENDS, refusals)
-  return run(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
+  return run(rows, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
 
 
 def _check(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD) -> None:
@@ -77,27 +80,29 @@ def _check(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD) -> None:
 
 
 def composed(
-  impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD
+  impl, rows, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD
 ) -> jax.Array:
   """The layer of the public operations, each of backend `impl`."""
   align = gmm.alignment(
-    index_MX.size,
+    rows or index_MX.size,
     wi_0_EDF.shape[0],
     wi_0_EDF.shape[1:],
     x_MD.dtype,
     impl=impl,
   )
-  rows = permute.permute(
-    x_MD, index_MX, wi_0_EDF.shape[0], align=align, impl=impl
+  sorted_rows = permute.permute(
+    x_MD, index_MX, wi_0_EDF.shape[0], align=align, rows=rows, impl=impl
   )
 
   def product(x_PK, w_EKN):
-    return gmm.grouped_matmul(x_PK, w_EKN, rows.sizes_G, align=align, impl=impl)
+    sizes_E = sorted_rows.sizes_G
+    return gmm.grouped_matmul(x_PK, w_EKN, sizes_E, align=align, impl=impl)
 
-  gate_PF = product(rows.x_PD, wi_0_EDF)
-  hidden_PF = jax.nn.silu(gate_PF) * product(rows.x_PD, wi_1_EDF)
+  gate_PF = product(sorted_rows.x_PD, wi_0_EDF)
+  hidden_PF = jax.nn.silu(gate_PF) * product(sorted_rows.x_PD, wi_1_EDF)
   y_PD = product(hidden_PF, wo_EFD)
-  return permute.unpermute(y_PD, rows, weight_MX.astype(jnp.float32), impl=impl)
+  weight_MX = weight_MX.astype(jnp.float32)
+  return permute.unpermute(y_PD, sorted_rows, weight_MX, impl=impl)
 
 
 BACKENDS = {

@@ -50,10 +50,11 @@ class Backend(NamedTuple):
   weight_gradient: Callable[..., jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def experts(
   backend: Backend,
   impl: dispatch.Impl | None,
+  rows: int | None,
   x_MD: jax.Array,
   index_MX: jax.Array,
   weight_MX: jax.Array,
@@ -62,21 +63,34 @@ def experts(
   wo_EFD: jax.Array,
 ) -> jax.Array:
   """See `pallas_kernels.experts.api.experts`; `impl` is of the permutation."""
+  weights = wi_0_EDF, wi_1_EDF, wo_EFD
   y_MD, *_ = _apply(
-    backend, impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, False
+    backend, impl, rows, x_MD, index_MX, weight_MX, *weights, save=False
   )
   return y_MD
 
 
-def _align(backend, index_MX, wi_0_EDF) -> int:
-  return backend.alignment(index_MX.size, wi_0_EDF.shape[0])
+def _align(backend, rows, index_MX, wi_0_EDF) -> int:
+  return backend.alignment(rows or index_MX.size, wi_0_EDF.shape[0])
 
 
 def _apply(
-  backend, impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, save
+  backend,
+  impl,
+  rows,
+  x_MD,
+  index_MX,
+  weight_MX,
+  wi_0_EDF,
+  wi_1_EDF,
+  wo_EFD,
+  *,
+  save,
 ):
-  align = _align(backend, index_MX, wi_0_EDF)
-  plan = permute.plan(index_MX, wi_0_EDF.shape[0], align=align, impl=impl)
+  align = _align(backend, rows, index_MX, wi_0_EDF)
+  plan = permute.plan(
+    index_MX, wi_0_EDF.shape[0], align=align, rows=rows, impl=impl
+  )
   with jax.named_scope('gather'):
     x_PD = permute.gather(x_MD, plan, impl=impl)
   gate_PF, up_PF, act_PF = backend.up(
@@ -89,18 +103,18 @@ def _apply(
 
 
 def _forward(
-  backend, impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD
+  backend, impl, rows, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD
 ):
-  y_MD, plan, gate_PF, up_PF = _apply(
-    backend, impl, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, True
-  )
   weights = wi_0_EDF, wi_1_EDF, wo_EFD
+  y_MD, plan, gate_PF, up_PF = _apply(
+    backend, impl, rows, x_MD, index_MX, weight_MX, *weights, save=True
+  )
   return y_MD, (x_MD, plan, weight_MX, gate_PF, up_PF, *weights)
 
 
-def _backward(backend, impl, residuals, dy_MD):
+def _backward(backend, impl, rows, residuals, dy_MD):
   x_MD, plan, weight_MX, gate_PF, up_PF, wi_0_EDF, wi_1_EDF, wo_EFD = residuals
-  align = _align(backend, weight_MX, wi_0_EDF)
+  align = _align(backend, rows, weight_MX, wi_0_EDF)
   sizes_E = plan.sizes_G
   weight_P = (
     weight_MX.astype(jnp.float32)

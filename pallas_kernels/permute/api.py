@@ -48,6 +48,7 @@ def plan(
   groups: int,
   *,
   align: int = 1,
+  rows: int | None = None,
   impl: dispatch.Impl | None = None,
 ) -> Plan:
   """Where each token's choices go when they are stably sorted by group.
@@ -56,12 +57,14 @@ def plan(
     index_MX: chosen groups; values outside [0, groups) choose none.
     groups: number of groups G.
     align: every group starts at a multiple of this. P is the worst case
-      M * X + G * (align - 1), rounded up to a multiple of `align`.
+      rows + G * (align - 1), rounded up to a multiple of `align`.
+    rows: choices that have a group, at the most; None = M * X. The caller
+      answers for it: those past it would be lost.
     impl: backend; None picks the best for this platform.
   """
   refusals = {'mosaic_gpu': mosaic_gpu.plan_refusal(groups)}
   run = dispatch.pick('plan', impl, PLANS, refusals)
-  return run(index_MX, groups, align)
+  return run(index_MX, groups, align, rows)
 
 
 def gather(
@@ -89,10 +92,11 @@ def permute(
   groups: int,
   *,
   align: int = 1,
+  rows: int | None = None,
   impl: dispatch.Impl | None = None,
 ) -> Permuted:
   """Copies each token to the groups it chose: `plan`, then `gather`."""
-  where = plan(index_MX, groups, align=align, impl=impl)
+  where = plan(index_MX, groups, align=align, rows=rows, impl=impl)
   x_PD = gather(x_MD, where, impl=impl)
   return Permuted(x_PD, where.sizes_G, where.place_MX, where.source_P)
 

@@ -54,10 +54,12 @@ def rows_refusal(dtype: jnp.dtype, width: int, choices: int) -> str | None:
   return hopper.refusal()
 
 
-def plan(index_MX: jax.Array, groups: int, align: int) -> layout.Plan:
+def plan(
+  index_MX: jax.Array, groups: int, align: int, rows: int | None = None
+) -> layout.Plan:
   """See `pallas_kernels.permute.api.plan`."""
   slots = index_MX.size
-  positions = layout.positions(slots, groups, align)
+  positions = layout.positions(rows or slots, groups, align)
   here_MX = (index_MX >= 0) & (index_MX < groups)
   rank_MX, counts_BG, block = ranks(index_MX, groups)
   blocks = counts_BG.shape[0]

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from pallas_kernels.permute import layout
 
 
-def plan(index_MX: jax.Array, groups: int, align: int) -> layout.Plan:
+def plan(
+  index_MX: jax.Array, groups: int, align: int, rows: int | None = None
+) -> layout.Plan:
   """See `pallas_kernels.permute.api.plan`."""
   slots = index_MX.size
   valid_MX = (index_MX >= 0) & (index_MX < groups)
@@ -19,7 +21,7 @@ def plan(index_MX: jax.Array, groups: int, align: int) -> layout.Plan:
   padded_G = -(-sizes_G // align) * align
   start_G = jnp.cumsum(padded_G) - padded_G
   dense_G = jnp.cumsum(sizes_G) - sizes_G
-  positions = layout.positions(slots, groups, align)
+  positions = layout.positions(rows or slots, groups, align)
   safe_R = jnp.minimum(group_R, groups - 1)
   place_R = rank_R - dense_G[safe_R] + start_G[safe_R]
   place_R = jnp.where(group_R < groups, place_R, positions)

@@ -1,10 +1,10 @@
 """How GPU contenders are compiled and timed, the same in every benchmark."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 import jax
-import torch
 
 from tests.bench import record
 
@@ -45,19 +45,27 @@ def race(
 
 def timed(call: Callable, count: int) -> float:
   """Seconds a call, of `count` calls one after the other."""
-  torch.cuda.synchronize()
+  _wait_for_torch()
   start = time.perf_counter()
   for _ in range(count):
     result = call()
   jax.block_until_ready(
     [z for z in jax.tree.leaves(result) if isinstance(z, jax.Array)]
   )
-  torch.cuda.synchronize()
+  _wait_for_torch()
   return (time.perf_counter() - start) / count
+
+
+def _wait_for_torch() -> None:
+  """Waits for PyTorch's work, in benchmarks that use it."""
+  if 'torch' in sys.modules:
+    sys.modules['torch'].cuda.synchronize()
 
 
 def denominators() -> dict[str, float]:
   """Rates of a dense product, FLOP/s, and of a copy, bytes/s, at their best."""
+  import torch
+
   make = {'device': 'cuda', 'dtype': torch.bfloat16}
   a, b = torch.randn(8192, 8192, **make), torch.randn(8192, 8192, **make)
   source = torch.randn(1 << 31, **make)

@@ -134,7 +134,7 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
       return y, *pull(dy.astype(y.dtype))
 
     with hopper_cases.compiled_here():
-      got = run(functools.partial(vjp.experts, tiny, 'xla'))
+      got = run(functools.partial(vjp.experts, tiny, 'xla', None))
     with jax.default_matmul_precision('highest'):
       want = run(ref.experts)
     for ours, spec in zip(got, want):
@@ -186,6 +186,7 @@ class ResidualsTest(absltest.TestCase):
         down=functools.partial(mosaic_gpu.down, **options),
       ),
       'xla',
+      None,
     )
 
     def shape(*dims, dtype=jnp.bfloat16):
@@ -231,6 +232,7 @@ class ResidualsTest(absltest.TestCase):
         ),
       ),
       'xla',
+      None,
     )
 
     def local(x, index, weight, *ws):

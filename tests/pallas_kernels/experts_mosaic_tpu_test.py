@@ -128,7 +128,7 @@ class ExpertsMosaicTpuTest(parameterized.TestCase):
       )
       return y, *pull(dy.astype(y.dtype))
 
-    got = run(functools.partial(vjp.experts, tiny, 'xla'))
+    got = run(functools.partial(vjp.experts, tiny, 'xla', None))
     with jax.default_matmul_precision('highest'):
       want = run(ref.experts)
     for ours, spec in zip(got, want):

@@ -213,7 +213,13 @@ def layer(tokens: int, groups: int) -> Case:
     del chip  # stands in the context
     y_MD, pull = jax.vjp(
       lambda x_MD, weight_MX, *matrices: experts_vjp.experts(
-        experts.BACKEND, 'mosaic_tpu', x_MD, index_MX, weight_MX, *matrices
+        experts.BACKEND,
+        'mosaic_tpu',
+        None,
+        x_MD,
+        index_MX,
+        weight_MX,
+        *matrices,
       ),
       x_MD,
       weight_MX,

@@ -1,0 +1,115 @@
+"""Experts over devices: every strategy is the layer on one device."""
+
+import contextlib
+import io
+from unittest import mock
+
+import jax
+from absl.testing import absltest, parameterized
+
+from m2.parallel import cost, experts
+from tests.parallel import routings
+
+
+class ExpertsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((1, 2, 4, 1, 1), 'gather', 2, False),
+    ((1, 1, 4, 1, 2), 'exchange', 1, False),
+    ((1, 1, 8, 1, 1), 'exchange', 2, True),  # more devices than choices
+    ((2, 1, 2, 2, 1), 'exchange', 1, True),
+    ((1, 2, 4, 1, 1), 'ragged', 2, True),
+  )
+  def test_equals_one_device(self, sizes, strategy, chunks, tight):
+    error = routings.largest_error(sizes, strategy, chunks, tight=tight)
+    self.assertLess(error, routings.TOLERANCE)
+
+
+class ChoiceTest(parameterized.TestCase):
+  def traced(self, sizes=(1, 1, 8, 1, 1), **options):
+    with jax.set_mesh(routings.mesh(sizes)):
+      return jax.eval_shape(
+        routings.layer(**options), *routings.operands('uniform')
+      )
+
+  def test_ragged_on_a_cpu_refuses_and_says_what_to_use(self):
+    with self.assertRaisesRegex(NotImplementedError, "use 'exchange'"):
+      self.traced(strategy='ragged')
+
+  def test_unknown_strategy_and_chunks_are_named(self):
+    with self.assertRaisesRegex(ValueError, 'raged.*auto, gather'):
+      self.traced(strategy='raged')
+    with self.assertRaisesRegex(ValueError, 'chunks=3 does not divide the 16'):
+      self.traced(strategy='gather', chunks=3)
+
+  def test_the_choice_is_printed_once_with_its_reason(self):
+    experts._announce.cache_clear()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+      self.traced()
+      self.traced()
+    lines = out.getvalue().splitlines()
+    self.assertLen(lines, 1)
+    self.assertIn('experts over 8 x cpu, 16 tokens each: gather', lines[0])
+    self.assertIn('no link speeds are known', lines[0])
+
+  @parameterized.parameters(('exchange', 0), ('gather', 4), ('ragged', 2))
+  def test_what_is_forced_is_what_runs(self, strategy, chunks):
+    seen = []
+    run = experts.STRATEGIES[strategy]
+
+    def watched(chunks, *args, **kwargs):
+      seen.append(chunks)
+      return run(chunks, *args, **kwargs)
+
+    with (
+      routings.emulated(),
+      mock.patch.dict(experts.STRATEGIES, {strategy: watched}),
+    ):
+      self.traced(strategy=strategy, chunks=chunks)
+    self.assertEqual(seen, [chunks or 1])
+
+  def test_auto_asks_the_cost_model_of_the_meshs_devices(self):
+    choice = cost.Choice('exchange', 2, 'said so')
+    ran = mock.Mock(side_effect=experts.STRATEGIES['exchange'])
+    with (
+      mock.patch.object(cost, 'choose', return_value=choice) as asked,
+      mock.patch.dict(experts.STRATEGIES, {'exchange': ran}),
+    ):
+      self.traced()
+    layer, kind = asked.call_args.args
+    self.assertEqual(kind, 'cpu')
+    self.assertEqual(layer, cost.Layer(16, 4, 8, 4, 2, 8, 4))
+    self.assertEqual(ran.call_args.args[0], 2)
+
+
+def lowered(platform: str, kind: str, strategy: str) -> str:
+  """The layer over two devices that are not here, lowered for them."""
+  from jax._src import mesh as jax_mesh  # no public name makes one
+
+  device = jax_mesh.AbstractDevice(kind, 1, platform)
+  types = (jax.sharding.AxisType.Explicit,) * len(routings.AXES)
+  sizes = (1, 1, 2, 1, 1)
+  where = jax.sharding.AbstractMesh(
+    sizes, routings.AXES, types, abstract_device=device
+  )
+  check = jax.export.DisabledSafetyCheck.custom_call('ragged_all_to_all')
+  with jax.sharding.use_abstract_mesh(where):
+    exported = jax.export.export(
+      routings.layer(strategy=strategy, chunks=1, impl='xla'),
+      platforms=[{'gpu': 'cuda'}.get(platform, platform)],
+      disabled_checks=[check],
+    )(*jax.eval_shape(lambda: routings.operands('uniform')))
+  return exported.mlir_module()
+
+
+class LoweringTest(parameterized.TestCase):
+  @parameterized.parameters(('gpu', 'NVIDIA H100 80GB HBM3'), ('tpu', 'TPU v5'))
+  def test_ragged_for_accelerators(self, platform, kind):
+    module = lowered(platform, kind, 'ragged')
+    # Rows and what is known of them there, sums back; the same in rounds of the
+    # rest, and backward; these rounds' gradient sends there once more.
+    self.assertEqual(module.count('@ragged_all_to_all'), 3 + 3 + 3 + (3 + 2))
+    self.assertNotIn('all_gather', module)
+
+
+if __name__ == '__main__':
+  absltest.main()

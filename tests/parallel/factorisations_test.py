@@ -1,0 +1,37 @@
+"""Experts over eight devices in every way to cut them: the same layer."""
+
+import itertools
+import math
+
+import pytest
+from absl.testing import absltest, parameterized
+
+from tests.parallel import routings
+
+pytestmark = pytest.mark.heavy
+
+# Those of (data, fsdp, expert, context, tensor) that cut the experts.
+SIZES = [
+  sizes
+  for sizes in itertools.product((1, 2, 4, 8), repeat=5)
+  if math.prod(sizes) == 8 and sizes[2] > 1
+]
+WAYS = (
+  # strategy, chunks, whether the slices have too little room
+  ('gather', 2, False),
+  ('exchange', 1, False),
+  ('exchange', 2, True),
+  ('ragged', 2, True),
+)
+
+
+class FactorisationsTest(parameterized.TestCase):
+  @parameterized.product(sizes=SIZES, way=WAYS)
+  def test_equals_one_device(self, sizes, way):
+    strategy, chunks, tight = way
+    error = routings.largest_error(sizes, strategy, chunks, tight=tight)
+    self.assertLess(error, routings.TOLERANCE)
+
+
+if __name__ == '__main__':
+  absltest.main()
