@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class Collective:
   ways: int
   size: int
   dtype: str
-  times: int
+  times: float
   origin: str
 
   @property
@@ -81,7 +81,10 @@ def wire_bytes(kind: str, size: float, ways: int) -> float:
 
 
 def find(
-  module: hlo.Module, mesh: Mapping[str, int], *, unknown: int = 1
+  module: hlo.Module,
+  mesh: Mapping[str, int],
+  *,
+  unknown: Callable[[hlo.Instruction], float] = lambda loop: 1,
 ) -> list[Collective]:
   """The collectives of a program that was partitioned over `mesh`.
 
@@ -89,7 +92,7 @@ def find(
     module: the parsed program.
     mesh: axis sizes in the order of the mesh; partition i is the device at
       position i of the flattened mesh.
-    unknown: trips of loops whose count is not in the program.
+    unknown: trips of a loop whose count is not in the program.
 
   Raises:
     ValueError: replica groups in a form that is not known here.

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from m2 import config
-from m2.parallel import sharding
+from m2.parallel import cost, sharding
 from m2.plan import collectives
 
 BF16, F32 = 2, 4
@@ -50,6 +50,7 @@ class Work:
     rows: B of one microbatch, over all devices.
     length: T of a whole row.
     parts: microbatches.
+    kind: `jax.Device.device_kind`, by which expert strategies are chosen.
   """
 
   cfg: config.ModelConfig
@@ -57,6 +58,7 @@ class Work:
   rows: int
   length: int
   parts: int = 1
+  kind: str = ''
 
   @property
   def tokens(self) -> float:
@@ -243,10 +245,43 @@ def _copies(work, name, size, copies) -> Iterator[Expected]:
     yield Expected(f'{name} gradient', 'all-reduce', summed, size, work.parts)
 
 
+def layer(work: Work) -> cost.Layer:
+  """The expert layer of one device and microbatch."""
+  cfg = work.cfg
+  return cost.Layer(
+    round(work.tokens),
+    cfg.top_k,
+    cfg.d_model,
+    cfg.d_expert // work.mesh['tensor'],
+    cfg.experts // work.mesh['expert'],
+    work.mesh['expert'],
+    work.itemsize,
+  )
+
+
+def strategy(work: Work) -> tuple[str, int]:
+  """How tokens reach their experts: what `m2.parallel.experts` will choose."""
+  cfg = work.cfg
+  if cfg.fp8_experts or work.mesh['expert'] == 1:
+    return 'gather', 1
+  named = cfg.expert_strategy
+  choice = cost.choose(
+    layer(work),
+    work.kind,
+    strategies=cost.STRATEGIES if named == 'auto' else (named,),
+    chunks=(cfg.expert_chunks,) if cfg.expert_chunks else cost.CHUNKS,
+  )
+  return choice.strategy, choice.chunks
+
+
 def _experts(work: Work, forward: float, backward: float) -> Iterator[Expected]:
-  """Strategy `gather`: tokens to all experts of the axis, sums back."""
+  """Tokens to the experts of the axis, sums back, and gradients alike."""
   axes = _axes(work, ['expert'])
   if not axes:
+    return
+  name, chunks = strategy(work)
+  if name != 'gather':
+    yield from _exchanged(work, name, chunks, axes, forward, backward)
     return
   cfg = work.cfg
   rows = work.tokens * work.mesh['expert']
@@ -259,6 +294,24 @@ def _experts(work: Work, forward: float, backward: float) -> Iterator[Expected]:
   yield Expected('output gradient', 'all-gather', axes, size, backward)
   yield Expected('token gradient', 'reduce-scatter', axes, size, backward)
   yield Expected('choice gradient', 'reduce-scatter', axes, choices, backward)
+
+
+def _exchanged(
+  work: Work,
+  name: str,
+  chunks: int,
+  axes: tuple[str, ...],
+  forward: float,
+  backward: float,
+) -> Iterator[Expected]:
+  """Strategies of one copy a destination; rounds under skew do not count."""
+  ways = work.mesh['expert']
+  one = layer(work)
+  for back, times in ((False, forward), (True, backward)):
+    moved = cost.expert_bytes(name, one, chunks, backward=back)
+    for kind, sent in moved.items():
+      size = sent * ways / (ways - 1)
+      yield Expected(f'{name} of copies', kind, axes, size, times)
 
 
 def _tensor(work: Work, forward: float, backward: float) -> Iterator[Expected]:
@@ -291,9 +344,9 @@ def _context(work: Work, forward: float, backward: float) -> Iterator[Expected]:
   yield Expected('keys and values', 'all-gather', axes, keys, forward)
   yield Expected('their masks', 'all-gather', axes, rows, forward)
   yield Expected('their gradient', 'reduce-scatter', axes, keys, backward)
-  # Outputs are kept, so only queries travel again before the backward pass.
+  # What is kept of attention is where it was computed: both travel again.
   yield Expected('queries', 'collective-permute', axes, heads, forward)
-  yield Expected('outputs', 'collective-permute', axes, heads, backward)
+  yield Expected('outputs', 'collective-permute', axes, heads, forward)
   yield Expected(
     'their gradients', 'collective-permute', axes, 2 * heads, backward
   )
@@ -321,8 +374,8 @@ class Flops:
 
   Attributes:
     useful: of the model, each product once (and twice backward in training),
-      attention over the half of the keys that are visible on average.
-    done: recomputation and all keys included.
+      attention over the keys that are visible on average.
+    done: recomputation included.
     passes: the same in passes of the bfloat16 units; a float32 product at the
       highest precision is six.
   """
@@ -345,6 +398,7 @@ def flops(
     cfg: model shape.
     keys: keys that the attention of a query goes over, visible or not.
     training: forward, backward and what is recomputed; else forward alone.
+      Rows are causal then, and half of the keys are seen.
     logits: share of tokens whose logits are computed.
   """
   d = cfg.d_model
@@ -352,16 +406,18 @@ def flops(
   matrices = 2 * d * heads * cfg.head_dim
   matrices += 2 * 3 * cfg.top_k * d * cfg.d_expert
   router = 2 * d * cfg.experts
+  seen = 0.5 if training else 1.0
   scores = 4 * cfg.heads * cfg.head_dim * keys
   table = 2 * d * cfg.vocab * logits
   again = training and cfg.remat != 'none'
   each = 3 + again if training else 1
-  # Scores are made again block by block even where the output is kept.
-  blocks = (5 if cfg.remat == 'full' else 4) if training else 1
+  # Two products forward, five backward; where the output is not kept, two
+  # more. Of long rows, only blocks in which a key is seen.
+  blocks = (4.5 if cfg.remat == 'full' else 3.5) if training else 1
   heads = 4 if training else 1
   useful = (3 if training else 1) * (
-    cfg.layers * (matrices + router + scores / 2) + table
+    cfg.layers * (matrices + router + scores * seen) + table
   )
-  lean = cfg.layers * (each * matrices + blocks * scores)
+  lean = cfg.layers * (each * matrices + blocks * scores * seen)
   wide = cfg.layers * each * router + heads * table
   return Flops(useful, lean + wide, lean + HIGHEST * wide)

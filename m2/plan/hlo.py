@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 DTYPE_BITS = {
   'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16,
@@ -99,22 +99,24 @@ class Module:
       one.name: one for lines in self.computations.values() for one in lines
     }
 
-  def times(self, unknown: int = 1) -> dict[str, int]:
+  def times(
+    self, unknown: Callable[[Instruction], float] = lambda loop: 1
+  ) -> dict[str, float]:
     """How often each computation runs in one call of the program.
 
     Args:
-      unknown: trips of loops that end on a condition of the data.
+      unknown: trips of a loop that ends on a condition of the data.
     """
     total = dict.fromkeys(self.computations, 0)
 
-    def run(name: str, count: int) -> None:
+    def run(name: str, count: float) -> None:
       total[name] += count
       for one in self.computations[name]:
         for attribute, callee in one.called:
           trips = 1
           if one.opcode == 'while':
             trips = self.trips(one)
-            trips = unknown if trips is None else trips
+            trips = unknown(one) if trips is None else trips
             trips += attribute == 'condition'
           run(callee, count * trips)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from m2 import config as settings
 from m2.model import params as model_params
-from m2.parallel import sharding
+from m2.parallel import cost, sharding
 from m2.plan import counts
 
 # Work space beyond the analytic count: copies between layouts, padding of
@@ -74,7 +74,9 @@ def residuals(work: counts.Work) -> float:
   heads = cfg.heads * cfg.head_dim / work.mesh['tensor']
   kept = hidden
   if cfg.remat != 'full':
+    # Beside attention's output, a number a head: the log of its sum.
     kept += hidden + work.tokens * heads * work.itemsize
+    kept += work.tokens * cfg.heads / work.mesh['tensor'] * counts.F32
   if cfg.remat == 'none':
     kept += _inside(work)
   return cfg.layers * (kept + work.tokens * cfg.top_k * 4)
@@ -85,8 +87,9 @@ def _inside(work: counts.Work) -> float:
   cfg = work.cfg
   tensor, expert = work.mesh['tensor'], work.mesh['expert']
   heads = (2 * cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim / tensor
+  name, chunks = counts.strategy(work)
   tokens = work.tokens * expert
-  rows = tokens * cfg.top_k
+  rows = cost.rows(name, counts.layer(work), chunks)
   wide = 3 * cfg.d_model + 5 * cfg.d_expert / tensor
   return work.itemsize * (
     work.tokens * heads + 2 * tokens * cfg.d_model + rows * wide
@@ -94,32 +97,52 @@ def _inside(work: counts.Work) -> float:
 
 
 @functools.cache
+def numbers(model: settings.ModelConfig, mesh: tuple) -> int:
+  """Parameters of one device of a mesh, given as pairs of axis and size.
+
+  Raises:
+    ValueError: a dimension does not divide over the mesh.
+  """
+  shapes = _shapes(model)
+  axes, sizes = zip(*mesh)
+  grid = jax.sharding.AbstractMesh(sizes, axes)
+  where = sharding.param_shardings(shapes, grid)
+  parts = jax.tree.map(
+    lambda leaf, place: math.prod(place.shard_shape(leaf.shape)), shapes, where
+  )
+  return sum(jax.tree.leaves(parts))
+
+
+@functools.cache
 def _shapes(model: settings.ModelConfig) -> Any:
   return model_params.abstract(model)
 
 
-def estimate(config: settings.RunConfig, mesh: Mapping[str, int]) -> Memory:
-  """Of a training step, without a compiler; see `SLACK`.
+def estimate(
+  config: settings.RunConfig, mesh: Mapping[str, int], kind: str
+) -> Memory:
+  """Of a training step on devices of `kind`, without a compiler; see `SLACK`.
 
   Raises:
     ValueError: a dimension does not divide over the mesh.
   """
   model, optimiser = config.model, config.optim
-  shapes = _shapes(dataclasses.replace(model, remat='none'))
-  grid = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
-  where = sharding.param_shardings(shapes, grid)
-  parts = jax.tree.map(
-    lambda leaf, place: math.prod(place.shard_shape(leaf.shape)), shapes, where
-  )
-  numbers = sum(jax.tree.leaves(parts))
-  stored = numbers * _itemsize(model.param_dtype)
+  # The same shapes whatever is kept for the backward pass.
+  plain = dataclasses.replace(model, remat='none')
+  held = numbers(plain, tuple(mesh.items()))
+  stored = held * _itemsize(model.param_dtype)
   rows, length = config.data.batch, config.data.length
   work = counts.Work(
-    model, mesh, rows // optimiser.accumulate, length, optimiser.accumulate
+    model,
+    mesh,
+    rows // optimiser.accumulate,
+    length,
+    optimiser.accumulate,
+    kind,
   )
   return Memory(
     weights=stored,
-    optimiser=numbers * (_itemsize(optimiser.moment) + counts.F32),
+    optimiser=held * (_itemsize(optimiser.moment) + counts.F32),
     batch=5 * counts.F32 * rows * length / work.ways('batch', 'sequence'),
     gradients=stored * (2 if work.parts > 1 else 1),
     residuals=residuals(work),

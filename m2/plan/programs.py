@@ -72,9 +72,7 @@ def train_program(
     name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=where)
     for name, dtype in {**dtypes, 'weights': jnp.float32}.items()
   }
-  work = counts.Work(
-    model, dict(mesh.shape), rows // cfg.accumulate, length, cfg.accumulate
-  )
+  work = _work(mesh, model, rows // cfg.accumulate, length, cfg.accumulate)
   return Program(
     'train',
     jax.jit(
@@ -91,6 +89,11 @@ def train_program(
     _training_memory(state, batch, work),
     tuple(counts.train(work)),
   )
+
+
+def _work(mesh, model, rows: int, length: int, parts: int = 1) -> counts.Work:
+  kind = mesh.devices.flat[0].device_kind
+  return counts.Work(model, dict(mesh.shape), rows, length, parts, kind)
 
 
 def _training_memory(state, batch, work: counts.Work) -> memory.Memory:
@@ -129,7 +132,7 @@ def rl_program(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> Program:
     },
     total=jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),
   )
-  work = counts.Work(model, dict(mesh.shape), *shape)
+  work = _work(mesh, model, *shape)
   held = _training_memory(state, tree, work)
   return Program(
     'rl',
@@ -196,7 +199,7 @@ def decode_program(
   model, engine = _served(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
   run = jax.jit(slots.decode, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-  work = counts.Work(model, dict(mesh.shape), engine.slots, 1)
+  work = _work(mesh, model, engine.slots, 1)
   return Program(
     'decode',
     run,
@@ -238,7 +241,7 @@ def prefill_program(
     stop_AI=host(count, requests.STOP_IDS),
   )
   run = jax.jit(slots.prefill, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-  work = counts.Work(model, dict(mesh.shape), rows, engines.PREFILL)
+  work = _work(mesh, model, rows, engines.PREFILL)
   held = _serving_memory(weights, state)
   return Program(
     'prefill',

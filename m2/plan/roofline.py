@@ -7,7 +7,7 @@ is the sum. Peaks are the makers' (`chips.py`).
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from m2.plan import chips, collectives, hlo
 
@@ -78,7 +78,10 @@ def axis_ways(one, rates):
   return sorted(sizes.items(), key=lambda pair: -rates[pair[0]])
 
 
-def traffic(module: hlo.Module, unknown: int = 1) -> float:
+def traffic(
+  module: hlo.Module,
+  unknown: Callable[[hlo.Instruction], float] = lambda loop: 1,
+) -> float:
   """Bytes that the program's instructions read and write in HBM.
 
   Every operand and result of what is not inside a fusion, at the times it

@@ -78,7 +78,7 @@ def search(
     links = None
     for one in variants(config, sizes):
       try:
-        held = memory.estimate(one, sizes)
+        held = memory.estimate(one, sizes, target.chip.kind)
       except ValueError:
         break  # a dimension does not divide: no variant of this mesh will do
       if held.peak > limit:
@@ -132,7 +132,12 @@ def variants(
 def _ranked(config, sizes, held, target, rates) -> Candidate:
   data, parts = config.data, config.optim.accumulate
   work = counts.Work(
-    config.model, sizes, data.batch // parts, data.length, parts
+    config.model,
+    sizes,
+    data.batch // parts,
+    data.length,
+    parts,
+    target.chip.kind,
   )
   one = counts.flops(config.model, data.length, training=True)
   passes = one.passes * data.batch * data.length

@@ -20,37 +20,41 @@ from tests.bench import record
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Pod -> config file and what it sets; the words of launch/README.md's rows.
+ONE = 'model.expert_strategy=gather model.expert_chunks=1'
 PODS = {
   'v5p:8x8x8, 8K rows': (
     'configs/m2.py',
     'plan.topology=v5p:8x8x8 plan.programs=train mesh.fsdp=64 mesh.expert=8 '
-    'data.batch=512 data.length=8192',
+    f'data.batch=512 data.length=8192 {ONE}',
   ),
   'v5p:8x8x8, 32K rows': (
     'configs/m2.py',
     'plan.topology=v5p:8x8x8 plan.programs=train mesh.fsdp=16 mesh.expert=8 '
-    'mesh.context=4 data.batch=128 data.length=32768',
+    f'mesh.context=4 data.batch=128 data.length=32768 {ONE}',
   ),
   'v6e:16x16, 4K rows': (
     'configs/m2.py',
     'plan.topology=v6e:16x16 plan.programs=train mesh.fsdp=16 mesh.expert=8 '
-    'mesh.context=2 data.batch=128 data.length=4096 model.remat=full',
+    'mesh.context=2 data.batch=128 data.length=4096 model.remat=full '
+    f'{ONE}',
   ),
   'tpu7x:4x4x8': (
     'configs/plan.py',
     'plan.topology=tpu7x:4x4x8 plan.programs=train,rl mesh.fsdp=32 '
     'mesh.expert=8 data.batch=256 data.length=8192 forge.row_tokens=8192 '
-    'forge.lines=256',
+    f'forge.lines=256 {ONE}',
   ),
   'v5e:4x8': (
     'configs/plan.py',
     'plan.topology=v5e:4x8 plan.programs=prefill,decode engine.fp8=True '
-    'engine.slots=64 engine.length=8192 plan.rollout_expert=32',
+    'engine.slots=64 engine.length=8192 plan.rollout_expert=8 '
+    'plan.rollout_tensor=4',
   ),
   'v6e:4x4': (
     'configs/plan.py',
     'plan.topology=v6e:4x4 plan.programs=prefill,decode engine.fp8=True '
-    'engine.slots=128 engine.length=16384 plan.rollout_expert=16',
+    'engine.slots=32 engine.length=16384 plan.rollout_expert=4 '
+    'plan.rollout_tensor=4',
   ),
 }
 

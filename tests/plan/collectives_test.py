@@ -66,7 +66,7 @@ class ModuleTest(absltest.TestCase):
     self.assertEqual(module.times()['inner_condition'], 62 * 6)
     self.assertEmpty(module.dynamic_loops())
     unknown = hlo.parse(LOOP.replace(', backend_config={"known', ', {"un'))
-    self.assertEqual(unknown.times(3)['inner'], 3 * 5)
+    self.assertEqual(unknown.times(lambda loop: 3)['inner'], 3 * 5)
     self.assertEqual([one.name for one in unknown.dynamic_loops()], ['while.2'])
 
   def test_shapes_layouts_and_memory_spaces(self):
