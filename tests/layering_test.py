@@ -40,7 +40,7 @@ MAY = {
   # Above everything: it compiles what the loops compile.
   'm2.plan': (
     'm2.engine m2.forge m2.train m2.model m2.parallel m2.evolve.provenance '
-    'm2.config'
+    'm2.config pallas_kernels'
   ),
   'configs': 'm2.config',
 }

@@ -138,6 +138,7 @@ def forward(work: Work, *, logits: int, entries: int = 0) -> list[Expected]:
       ),
       Expected('logits', 'all-to-all', axes, owned * slice_V * F32, 1),
     ]  # fmt: skip
+  moved += _served_tensor(work, logits)
   if entries:
     rows = _axes(work, sharding.RULES['batch'])
     keys = 2 * work.cfg.kv_heads * work.cfg.head_dim / work.mesh['tensor']
@@ -147,6 +148,18 @@ def forward(work: Work, *, logits: int, entries: int = 0) -> list[Expected]:
       Expected('rows to slots', 'all-gather', rows, size, layers),
     ]
   return [one for one in (*gathers, *moved) if one.size and one.axes]
+
+
+def _served_tensor(work: Work, logits: int) -> list[Expected]:
+  axes, layers = _axes(work, ['tensor']), work.cfg.layers
+  hidden = work.tokens * work.cfg.d_model * work.itemsize
+  table = logits / work.ways('batch') * work.cfg.vocab * F32
+  return [
+    Expected('attention output', 'all-reduce', axes, hidden, layers),
+    Expected('expert output', 'all-reduce', axes, hidden, layers),
+    Expected('embedded tokens', 'all-reduce', axes, hidden, 1),
+    Expected('logits', 'all-gather', axes, table, 1),
+  ]
 
 
 def _axes(work: Work, names: Sequence[str]) -> tuple[str, ...]:

@@ -20,10 +20,11 @@ from m2.forge import step as rl_step
 from m2.forge import tree as tree_lib
 from m2.model import params as model_params
 from m2.parallel import sharding
-from m2.plan import counts, memory
+from m2.plan import counts, hlo, memory
 from m2.train import optim
 from m2.train import state as train_state
 from m2.train import step as train
+from pallas_kernels.attention import blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Program:
     logits: the share of tokens whose logits are computed.
     least: bytes that a device must receive at the very least, where the
       collectives are the compiler's choice.
+    tiles: turns of the loop over FP8 experts that hold a token.
   """
 
   name: str
@@ -56,6 +58,22 @@ class Program:
   expected: tuple[counts.Expected, ...]
   logits: float = 1.0
   least: float = 0.0
+  tiles: float = 0.0
+
+  def trips(self, loop: hlo.Instruction) -> float:
+    """Turns of a loop that ends on a condition of the data, for full rows.
+
+    Attention visits the blocks of keys before each block of queries; rounds
+    for experts that are chosen too often do not happen; everything else, such
+    as steps of decoding, is counted once.
+    """
+    _, local, path = loop.origin.partition('shard_map')
+    if not local:
+      return 1
+    if self.tiles:
+      return self.tiles
+    nested = path.count('while') > 1
+    return (self.keys / blocks.BLOCK + 1) / 2 if nested else 0
 
 
 def train_program(
@@ -210,7 +228,15 @@ def decode_program(
     False,
     _serving_memory(weights, state),
     tuple(counts.forward(work, logits=engine.slots)),
+    tiles=_tiles(work),
   )
+
+
+def _tiles(work: counts.Work) -> float:
+  """Experts of a device that some token chose, if all are as likely."""
+  cfg, ways = work.cfg, work.mesh['expert']
+  chosen = round(work.tokens * ways * cfg.top_k)
+  return cfg.experts / ways * (1 - (1 - 1 / cfg.experts) ** chosen)
 
 
 def prefill_program(
@@ -256,6 +282,7 @@ def prefill_program(
     dataclasses.replace(held, batch=held.batch + memory.on_device(admission)),
     tuple(counts.forward(work, logits=count, entries=engine.length)),
     count / (rows * engines.PREFILL),
+    tiles=_tiles(work),
   )  # fmt: skip
 
 

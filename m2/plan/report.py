@@ -55,7 +55,9 @@ def measure(
     row['hbm']['limit'] = outcome.limit
     return row
   module = hlo.parse(outcome.text)
-  found = collectives.find(module, dict(program.mesh.shape))
+  found = collectives.find(
+    module, dict(program.mesh.shape), unknown=program.trips
+  )
   row['collectives'] = compare(program, found)
   row['flops'] = _flops(program, target, model, outcome)
   bound = _bound(program, module, found, target, row['flops'])
@@ -122,7 +124,7 @@ def _bound(program, module, found, target, flops) -> roofline.Bound:
   rates = roofline.chip_rates(target, program.mesh)
   return roofline.Bound(
     compute=flops['passes'] / (target.chip.bf16 * target.chips),
-    memory=roofline.traffic(module)
+    memory=roofline.traffic(module, program.trips)
     / (target.chip.hbm_rate / target.chip.devices),
     links=roofline.links(found, rates),
   )

@@ -20,6 +20,12 @@ FREE = frozenset((
 ))  # fmt: skip
 
 
+SLICES = frozenset(('dynamic-slice', 'slice', 'gather'))
+ALIKE = frozenset(('copy', 'convert', 'fusion'))
+# What is written into their first operand: the number of that operand.
+IN_PLACE = {'dynamic-update-slice': 1, 'scatter': 2}
+
+
 @dataclasses.dataclass(frozen=True)
 class Bound:
   """Seconds of one call.
@@ -100,18 +106,61 @@ def _moved(module: hlo.Module, one: hlo.Instruction) -> float:
   if one.opcode in FREE:
     return 0
   sizes = [_hbm(module.by_name[name]) for name in one.operands]
-  result = _hbm(one)
-  root = one
-  if one.opcode == 'fusion':
-    root = module.computations[dict(one.called)['calls']][-1]
-  if (
-    'dynamic-update-slice' in one.name or root.opcode == 'dynamic-update-slice'
-  ):
-    # In place: the update is written, the rest stays.
-    return 2 * sum(size for size in sizes if size < result)
-  if 'dynamic-slice' in one.name or 'gather' in root.opcode:
-    sizes = [min(size, result) for size in sizes]
-  return sum(sizes) + result
+  if one.opcode in SLICES:
+    return 2 * min(_hbm(one), sizes[0])
+  if one.opcode in IN_PLACE:
+    return 2 * sizes[IN_PLACE[one.opcode]]
+  if one.opcode != 'fusion':
+    return sum(sizes) + _hbm(one)
+  body = module.computations[dict(one.called)['calls']]
+  return sum(
+    _read(module, body, place, size) for place, size in enumerate(sizes)
+  ) + _written(module, body, one)
+
+
+def _read(module, body, place: int, size: float) -> float:
+  """Bytes that a fusion reads of its operand number `place`."""
+  (given,) = (
+    one
+    for one in body
+    if one.opcode == 'parameter' and one.arguments == str(place)
+  )
+  names, dims, total = {given.name}, given.shapes[0].dims, 0.0
+  for one in body:
+    used = [at for at, operand in enumerate(one.operands) if operand in names]
+    if not used:
+      continue
+    alike = one.opcode in ALIKE and one.shapes[0].dims == dims
+    if (alike or one.opcode == 'bitcast') and one is not body[-1]:
+      names.add(one.name)  # made element by element, where it is used
+    elif one.opcode in SLICES and used == [0]:
+      total += one.bytes
+    elif one.opcode == 'fusion':
+      inner = module.computations[dict(one.called)['calls']]
+      total += sum(_read(module, inner, at, size) for at in used)
+    elif one.opcode not in IN_PLACE or used != [0]:
+      return size
+  return min(total, size)
+
+
+def _written(module, body, fusion: hlo.Instruction) -> float:
+  """Bytes that a fusion writes; updates in place are their size alone."""
+  inside = {one.name: one for one in body}
+  last = body[-1]
+  roots = [last]
+  if last.opcode == 'tuple':
+    roots = [inside[name] for name in last.operands]
+  total = 0.0
+  for root, shape in zip(roots, fusion.shapes):
+    while root.opcode == 'bitcast':
+      root = inside[root.operands[0]]
+    if shape.space:
+      continue
+    if root.opcode in IN_PLACE:
+      total += inside[root.operands[IN_PLACE[root.opcode]]].bytes
+    else:
+      total += shape.bytes
+  return total
 
 
 def _hbm(one: hlo.Instruction) -> int:
