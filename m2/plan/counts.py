@@ -87,7 +87,7 @@ def train(work: Work) -> list[Expected]:
     *_tensor(work, again * layers, layers),
     *_context(work, again * layers, layers),
   ]
-  return [one for one in found if one.size and one.times]
+  return [one for one in found if one.axes and one.times]
 
 
 def rl(work: Work) -> list[Expected]:
@@ -147,7 +147,7 @@ def forward(work: Work, *, logits: int, entries: int = 0) -> list[Expected]:
       Expected('rows from slots', 'reduce-scatter', rows, size, layers),
       Expected('rows to slots', 'all-gather', rows, size, layers),
     ]
-  return [one for one in (*gathers, *moved) if one.size and one.axes]
+  return [one for one in (*gathers, *moved) if one.axes]
 
 
 def _served_tensor(work: Work, logits: int) -> list[Expected]:
