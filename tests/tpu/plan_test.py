@@ -22,7 +22,8 @@ SMALL = (
   'model.vocab=2048 model.d_model=512 model.layers=2 model.heads=8 '
   'model.kv_heads=4 model.experts=16 model.d_expert=256 model.top_k=4 '
   'model.min_k=4 data.batch=16 data.length=512 plan.rollout_expert=4 '
-  'engine.slots=64 engine.length=512 forge.lines=4 forge.row_tokens=512'
+  'engine.slots=64 engine.length=512 forge.lines=4 forge.row_tokens=512 '
+  'model.expert_strategy=gather model.expert_chunks=1'
 )
 
 
