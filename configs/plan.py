@@ -2,7 +2,7 @@
 
     python main.py --config=configs/plan.py --config.plan.topology=v5p:8x8x8
     python main.py --config=configs/plan.py --config.plan.topology=v6e:4x4 \
-      --config.plan.programs=prefill,decode --config.engine.fp8=True \
+      --config.plan.programs=decode --config.engine.fp8=True \
       --config.plan.rollout_expert=16
 
 compiles the programs of configs/m2.py and configs/rl.py for the topology with

@@ -50,7 +50,8 @@ class Collective:
     axes: mesh axes over which its groups reach.
     sizes: of these axes.
     ways: devices of a group.
-    size: bytes of the whole array: gathered, or before it is scattered.
+    size: bytes of the whole array: gathered, or before it is scattered; of a
+      permute, what a device sends on average.
     dtype: of its first array.
     times: how often it runs in one call of the program.
     origin: the operations that it was traced from.
@@ -61,7 +62,7 @@ class Collective:
   axes: tuple[str, ...]
   sizes: tuple[int, ...]
   ways: int
-  size: int
+  size: float
   dtype: str
   times: float
   origin: str
@@ -121,6 +122,8 @@ def _read(one, kind, mesh, times) -> Collective:
   if one.opcode.startswith('reduce-scatter'):
     size *= ways
   if kind == 'collective-permute':
+    # The mean: a device that is sent its own block sends nothing.
+    size *= (pairs[:, 0] != pairs[:, 1]).sum() / math.prod(mesh.values())
     ways = math.prod(mesh[axis] for axis in axes)
   return Collective(
     one.name,

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from m2 import config
-from m2.parallel import cost, sharding
+from m2.parallel import context, cost, sharding
 from m2.plan import collectives
 
 BF16, F32 = 2, 4
@@ -353,6 +353,10 @@ def _context(work: Work, forward: float, backward: float) -> Iterator[Expected]:
   keys *= work.tokens * work.mesh['context']
   heads = work.tokens * cfg.heads * cfg.head_dim / tensor * work.itemsize
   rows = work.rows / work.ways('batch') * work.length * 4
+  # Some halves are computed where they are.
+  parts = work.mesh['context']
+  routes = [pair for slot in (0, 1) for pair in context.travels(parts, slot)]
+  heads *= sum(owner != worker for owner, worker in routes) / len(routes)
   yield Expected('keys and values', 'all-gather', axes, keys, forward)
   yield Expected('their masks', 'all-gather', axes, rows, forward)
   yield Expected('their gradient', 'reduce-scatter', axes, keys, backward)

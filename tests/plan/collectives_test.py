@@ -121,6 +121,17 @@ class CollectivesTest(parameterized.TestCase):
     self.assertEqual(collectives.spanned(members, MESH), axes)
     self.assertEqual(members.shape[1], ways)
 
+  def test_a_permute_to_oneself_is_free(self):
+    text = LOOP.replace(
+      'ROOT %out',
+      '%there = f32[8]{0} collective-permute(%x.1), '
+      'source_target_pairs={{0,1},{1,0},{2,2},{3,3}}\n  ROOT %out',
+    )
+    found = {one.name: one for one in collectives.find(hlo.parse(text), MESH)}
+    # Two of eight devices send 32 bytes.
+    self.assertEqual(found['there'].axes, ('fsdp',))
+    self.assertEqual(found['there'].wire, 32 * 2 / 8)
+
   @parameterized.parameters(
     ('channel_id=1', 'no replica groups'),
     ('replica_groups={{0,1},{2}}', 'different sizes'),
