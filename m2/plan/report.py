@@ -9,6 +9,7 @@ from m2.plan import (
   collectives,
   compiler,
   counts,
+  flops,
   hlo,
   programs,
   roofline,
@@ -108,7 +109,7 @@ def _flops(program, target, model, outcome) -> dict[str, float]:
   """FLOPs of all devices, and the compiler's count of one device."""
   if not program.tokens:
     return {'useful': 0.0, 'done': 0.0, 'passes': 0.0}
-  one = counts.flops(
+  one = flops.per_token(
     model, program.keys, training=program.training, logits=program.logits
   )
   return {
@@ -120,10 +121,10 @@ def _flops(program, target, model, outcome) -> dict[str, float]:
   }
 
 
-def _bound(program, module, found, target, flops) -> roofline.Bound:
+def _bound(program, module, found, target, work) -> roofline.Bound:
   rates = roofline.chip_rates(target, program.mesh)
   return roofline.Bound(
-    compute=flops['passes'] / (target.chip.bf16 * target.chips),
+    compute=work['passes'] / (target.chip.bf16 * target.chips),
     memory=roofline.traffic(module, program.trips)
     / (target.chip.hbm_rate / target.chip.devices),
     links=roofline.links(found, rates),
@@ -175,11 +176,11 @@ def _bound_lines(row: Mapping[str, Any]) -> list[str]:
     f'{row["bound"]["by"]} (ms: {parts})'
   ]
   if row['tokens']:
-    flops = row['flops']
+    work = row['flops']
     out.append(
-      f'  {flops["useful"]:.3g} FLOPs of the model, {flops["done"]:.3g} done, '
-      f'{flops["passes"]:.3g} in bfloat16 passes; the compiler counts '
-      f'{flops["compiler_per_device"]:.3g} a device, each loop body once'
+      f'  {work["useful"]:.3g} FLOPs of the model, {work["done"]:.3g} done, '
+      f'{work["passes"]:.3g} in bfloat16 passes; the compiler counts '
+      f'{work["compiler_per_device"]:.3g} a device, each loop body once'
     )
     out.append(
       f'  MFU at most {100 * row["mfu"]:.1f}%, '

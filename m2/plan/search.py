@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from m2 import config as settings
 from m2.parallel import mesh as meshes
-from m2.plan import chips, collectives, counts, memory, roofline
+from m2.plan import chips, collectives, counts, flops, memory, roofline
 
 # Share of a device's memory that the estimate may fill.
 FILL = 0.92
@@ -139,7 +139,7 @@ def _ranked(config, sizes, held, target, rates) -> Candidate:
     parts,
     target.chip.kind,
   )
-  one = counts.flops(config.model, data.length, training=True)
+  one = flops.per_token(config.model, data.length, training=True)
   passes = one.passes * data.batch * data.length
   bound = roofline.Bound(
     compute=passes / (target.chip.bf16 * target.chips),

@@ -8,7 +8,7 @@ from configs import m2
 from m2 import config as settings
 from m2.model import params
 from m2.parallel import mesh as meshes
-from m2.plan import chips, counts, memory, search
+from m2.plan import chips, counts, flops, memory, search
 
 LINK = 10**11
 
@@ -93,7 +93,7 @@ class CountsTest(absltest.TestCase):
   def test_flops_of_a_token(self):
     """6 FLOPs a parameter that a token passes, and the scores."""
     run = config()
-    found = counts.flops(run.model, 4096, training=True)
+    found = flops.per_token(run.model, 4096, training=True)
     active = params.active_count(run.model) + 3072 * 200_064
     scores = 6 * 62 * 48 * 128 * 4096
     # Norms and biases are no products.
