@@ -30,6 +30,7 @@ RUNS = {
   'evolve': 'm2.evolve.loop',
   'convert': 'm2.checkpoint.convert',
   'quickstart': 'm2.stages',
+  'plan': 'm2.plan.run',
 }
 # Modes that run as one process on every host; the others are one process.
 ON_HOSTS = ('pretrain', 'sft')

@@ -37,6 +37,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       checkpoint=settings.CheckpointConfig(),
       log=settings.LogConfig(),
       guard=settings.GuardConfig(),
+      plan=settings.PlanConfig(),
     )
   )
   if 'e64' in words:

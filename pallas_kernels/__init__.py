@@ -6,6 +6,8 @@ plain jnp) and one file a backend. Usable without the rest of this repository.
 
 from pallas_kernels.attention.api import attention
 from pallas_kernels.decode.api import Quantized, decode_experts
+from pallas_kernels.decode.weights import dequantised as dequantise
+from pallas_kernels.decode.weights import quantised as quantise
 from pallas_kernels.experts.api import experts
 from pallas_kernels.gmm.api import grouped_matmul
 from pallas_kernels.permute.api import (
@@ -27,11 +29,13 @@ __all__ = [
   'attention',
   'combine',
   'decode_experts',
+  'dequantise',
   'experts',
   'gather',
   'grouped_matmul',
   'permute',
   'plan',
+  'quantise',
   'route',
   'unpermute',
 ]

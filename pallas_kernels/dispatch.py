@@ -50,7 +50,8 @@ def pick[Backend](
     if reason := refusals.get(impl):
       raise NotImplementedError(f'{operation}: {impl} {reason}')
     return table[impl]
-  platform = jax.default_backend()
+  elsewhere = target()
+  platform = elsewhere.platform if elsewhere else jax.default_backend()
   passed = []
   for name in PREFERRED[platform]:
     if name not in table:
@@ -61,6 +62,15 @@ def pick[Backend](
       break
   _announce(operation, platform, name, '; '.join(passed) or 'preferred')
   return table[name]
+
+
+def target() -> jax.sharding.AbstractDevice | None:
+  """The kind of device of the mesh in use; None without a mesh.
+
+  A mesh may be of devices that are not here: what is traced under it is
+  compiled for them ahead of time, so they decide and not this host's.
+  """
+  return jax.sharding.get_abstract_mesh().abstract_device
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import dispatch
+
 MIB = 2**20
 MIN_ROWS = 16  # of a packed bfloat16 register
 LANES = 128
@@ -141,7 +143,7 @@ def here() -> Chip | None:
   """The device at hand; an interpreted one on a CPU; None if unknown."""
   if chip := _compiling_for.get():
     return chip
-  device = jax.local_devices()[0]
+  device = dispatch.target() or jax.local_devices()[0]
   if device.platform == 'cpu':
     return INTERPRETED
   return CHIPS.get(device.device_kind)

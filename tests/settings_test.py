@@ -33,6 +33,7 @@ FORMS = (
   'configs/evolve.py',
   'configs/quickstart.py',
   'configs/convert.py',
+  'configs/plan.py',
 )
 NO_CONFIG = ('__init__.py', 'common.py', 'rerun.py')
 # A refusal imports neither jax nor anything that compiles.

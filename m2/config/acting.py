@@ -74,6 +74,7 @@ class EngineConfig(base.Settings):
   slots: int = 64  # sequences decoded at once
   length: int = 512  # tokens of cache per slot
   chunk: int = 16  # decode steps per device call
+  fp8: bool = False  # experts in block-FP8, made of each version that is loaded
 
   def _check(self) -> None:
     base.positive(self, 'slots length chunk')
@@ -200,3 +201,28 @@ class StagesConfig(base.Settings):
 
   def _check(self) -> None:
     base.positive(self, 'rl_steps rl_lr evolve_steps evolve_lr test_tasks')
+
+
+@base.section
+class PlanConfig(base.Settings):
+  """What `--config.mode=plan` compiles, and for which TPUs (m2/plan/run.py).
+
+  The run that is planned is that of the other sections. A config without
+  `engine` and `forge` is planned with those of configs/rl.py.
+  """
+
+  topology: str = 'v5p:8x8x8'  # CHIP:SIDES; chips: v5e, v5p, v6e, tpu7x
+  slices: int = 1  # of that topology, joined by the data center network
+  programs: str = 'train,prefill,decode,rl,sync'
+  rollout_expert: int = 32  # mesh of generation: the rest is data
+  rollout_tensor: int = 1
+  search: bool = False  # look for the best configuration that fits
+
+  def _check(self) -> None:
+    base.positive(self, 'slices rollout_expert rollout_tensor')
+    names = self.programs.split(',')
+    known = ('train', 'prefill', 'decode', 'rl', 'sync')
+    base.require(
+      set(names) <= set(known) and len(set(names)) == len(names),
+      f'plan.programs={self.programs!r}: some of {",".join(known)}, each once',
+    )

@@ -22,6 +22,7 @@ MODES: dict[str, tuple[str, ...]] = {
   'evolve': (*_TRAIN, *_AGENT, 'evolve'),
   'convert': ('mesh', 'convert'),
   'quickstart': (*_TRAIN, *_AGENT, 'forge', 'evolve', 'stages'),
+  'plan': ('model', 'mesh', 'optim', 'plan'),
 }
 
 
@@ -49,6 +50,7 @@ class RunConfig(base.Settings):
   evolve: acting.EvolveConfig | None = None
   convert: acting.ConvertConfig | None = None
   stages: acting.StagesConfig | None = None
+  plan: acting.PlanConfig | None = None
 
   @classmethod
   def from_config(cls, config: ml_collections.ConfigDict) -> 'RunConfig':
@@ -69,14 +71,16 @@ class RunConfig(base.Settings):
     mode = tree.get('mode')
     if mode not in MODES:
       raise ValueError(f'mode={mode!r}: choose one of {", ".join(MODES)}')
-    sections = {'mode', 'seed', 'steps', *MODES[mode]}
-    for name in sorted(sections - set(tree)):
+    hints = typing.get_type_hints(cls)
+    needed = {'mode', 'seed', 'steps', *MODES[mode]}
+    # A plan is laid over the config of another mode, which may carry it.
+    known = set(hints) if mode == 'plan' else {*needed, 'plan'}
+    for name in sorted(needed - set(tree)):
       errors.append(f'{name}: missing; mode {mode!r} needs it')
-    for name in sorted(set(tree) - sections):
+    for name in sorted(set(tree) - known):
       errors.append(f'{name}: unknown key for mode {mode!r}')
     kwargs = {}
-    hints = typing.get_type_hints(cls)
-    for name in sections & set(tree):
+    for name in known & set(tree):
       kwargs[name] = _freeze(hints[name], tree[name], name, errors)
     if not errors:
       run = cls(**kwargs)
@@ -117,6 +121,11 @@ class RunConfig(base.Settings):
     mtp = self.loss.mtp if self.loss else 0
     if self.optim and self.optim.train_only == 'mtp' and not mtp:
       errors.append('optim.train_only=mtp needs loss.mtp > 0')
+    if self.engine and self.engine.fp8:
+      try:
+        dataclasses.replace(self.model, fp8_experts=True)._check()
+      except ValueError as error:
+        errors.append(f'engine.fp8: {error}')
     if self.agent and self.agent.max_new >= self.engine.length:
       errors.append(
         f'agent.max_new={self.agent.max_new} leaves no room for a prompt in '
@@ -194,9 +203,16 @@ def to_config(settings: base.Settings) -> ml_collections.ConfigDict:
 
 
 def unread(settings: base.Settings) -> list[str]:
-  """Paths of the leaves of `settings` that no code has read so far."""
+  """Paths of the leaves of `settings` that no code has read so far.
+
+  A run and the plan of it read each other's sections to no end.
+  """
+  if isinstance(settings, RunConfig) and settings.mode == 'plan':
+    return []
   paths = []
   for field in dataclasses.fields(settings):
+    if field.name == 'plan':
+      continue
     value = object.__getattribute__(settings, field.name)
     if isinstance(value, base.Settings):
       paths += [f'{field.name}.{path}' for path in unread(value)]

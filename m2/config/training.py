@@ -26,6 +26,7 @@ class ModelConfig(base.Settings):
   init_std: float = 0.02
   dtype: str = 'bfloat16'  # activations and matmuls
   param_dtype: str = 'float32'  # stored weights
+  fp8_experts: bool = False  # hold the experts in block-FP8: no training
   remat: str = 'block'  # none | block | full: see m2/model/transformer.py
   expert_strategy: str = 'auto'  # gather | ragged | exchange | auto
   expert_chunks: int = 0  # slices of tokens whose exchange overlaps; 0 = auto
@@ -64,6 +65,11 @@ class ModelConfig(base.Settings):
     )
     base.choice(self, 'model', 'dtype', ('float32', 'bfloat16'))
     base.choice(self, 'model', 'param_dtype', ('float32', 'bfloat16'))
+    base.require(
+      not self.fp8_experts or self.d_model % 128 == 0 == self.d_expert % 128,
+      f'model.fp8_experts needs model.d_model={self.d_model} and '
+      f'model.d_expert={self.d_expert} in multiples of 128',
+    )
     base.choice(self, 'model', 'remat', ('none', 'block', 'full'))
     strategies = 'auto', 'gather', 'ragged', 'exchange'
     base.choice(self, 'model', 'expert_strategy', strategies)
@@ -114,6 +120,7 @@ class OptimConfig(base.Settings):
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
+  moment: str = 'float32'  # of the first moment; bfloat16 saves memory
   weight_decay: float = 0.1  # on matrices only: never norms or biases
   clip: float = 1.0  # global gradient norm
   accumulate: int = 1  # microbatches per step
@@ -123,6 +130,7 @@ class OptimConfig(base.Settings):
 
   def _check(self) -> None:
     base.choice(self, 'optim', 'name', ('adamw', 'muon'))
+    base.choice(self, 'optim', 'moment', ('float32', 'bfloat16'))
     base.choice(self, 'optim', 'train_only', ('all', 'mtp'))
     base.positive(self, 'lr clip accumulate eps')
     for name in ('decay', 'final'):

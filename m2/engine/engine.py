@@ -27,6 +27,7 @@ import numpy as np
 
 from m2 import config, types
 from m2.engine import admission, requests, slots
+from m2.model import params as model_params
 from m2.parallel import sharding
 
 GenRequest = requests.GenRequest
@@ -41,6 +42,7 @@ _DECODE, _PREFILL = (
   jax.jit(program, static_argnums=(0, 1, 2, 3), donate_argnums=5)
   for program in (slots.decode, slots.prefill)
 )
+_QUANTISE = jax.jit(model_params.quantise)
 
 
 def compiled() -> int:
@@ -103,8 +105,10 @@ class Engine:
       )
     self.version = version
     self.counters = Counters()
+    if engine.fp8:
+      cfg = dataclasses.replace(cfg, fp8_experts=True)
     self._cfg, self._engine, self._mesh = cfg, engine, mesh
-    self._params = params
+    self._params = self._held_as(params)
     # Programs exist for a quarter, a half, ... of the cache, so that short
     # contexts pay for what they use; and for few and for many new prompts.
     quarters = (math.ceil(engine.length * k / 4 / PREFILL) for k in range(1, 5))
@@ -225,7 +229,7 @@ class Engine:
     """
     if version <= self.version:
       raise ValueError(f'{version=} is not newer than {self.version}')
-    self._params, self.version = params, version
+    self._params, self.version = self._held_as(params), version
     self._held.clear()
     with self._lock:
       for slot in sorted(self._live, reverse=True):
@@ -242,6 +246,13 @@ class Engine:
         for rows, entries in self._batches:
           self._run_prefill([], rows, entries, length, experts)
     return compiled()
+
+  def _held_as(self, params: Any) -> Any:
+    """The parameters in the engine's format."""
+    if not self._engine.fp8:
+      return params
+    with self._on_mesh():
+      return _QUANTISE(params)
 
   def _on_mesh(self):
     if self._mesh is None:

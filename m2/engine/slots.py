@@ -21,6 +21,8 @@ from m2.model import cache as kv
 from m2.model import transformer
 from m2.parallel import sharding
 
+# Logical axes of a cache's keys and values.
+LAYERS = (None, 'batch', None, 'kv_heads', None)
 FOREVER = 2**30  # `until` of a generated token: every later one sees it
 
 
@@ -263,51 +265,77 @@ def _run_prompts(cfg, chunk, want_experts, params, rows, admission):
 def _take_rows(
   cache: kv.KVCache, origin_R: jax.Array, keep_R: jax.Array
 ) -> kv.KVCache:
-  """Copies the first `keep` entries of other slots' rows."""
+  """Copies the first `keep` entries of other slots' rows.
 
-  def copy(k_LBSKH, v_LBSKH, origin_R, keep_R):
-    index_1S = jnp.arange(k_LBSKH.shape[2])[None]
-    until_RS = jnp.where(index_1S < keep_R[:, None], FOREVER, 0)
-    return kv.KVCache(
-      k_LBSKH=k_LBSKH[:, origin_R],
-      v_LBSKH=v_LBSKH[:, origin_R],
-      until_BS=until_RS,
-      filled_B=keep_R,
-    )
+  A layer at a time, as rows may come from any device: reduce-scatter of
+  R * S * K * H over the batch axes.
+  """
 
-  run = _across_rows(copy, _cache_specs())
-  return run(cache.k_LBSKH, cache.v_LBSKH, origin_R, keep_R)
+  def local(k_LBSKH, v_LBSKH, origin_R):
+    own_R, at_R = _here(origin_R, k_LBSKH.shape[1])
+
+    def one(x_BSKH):
+      own_RSKH = own_R.reshape(-1, 1, 1, 1)
+      return _scattered(jnp.where(own_RSKH, x_BSKH[at_R], 0))
+
+    return tuple(jax.lax.map(one, x) for x in (k_LBSKH, v_LBSKH))
+
+  layers = sharding.spec(*LAYERS)
+  run = sharding.manual(
+    local, (layers, layers, sharding.spec(None)), (layers, layers)
+  )
+  k_LRSKH, v_LRSKH = run(cache.k_LBSKH, cache.v_LBSKH, origin_R)
+  keep_R = sharding.place(keep_R, 'batch')
+  index_1S = jnp.arange(k_LRSKH.shape[2])[None]
+  until_RS = jnp.where(index_1S < keep_R[:, None], FOREVER, 0)
+  return kv.KVCache(k_LRSKH, v_LRSKH, until_RS, keep_R)
 
 
 def _install(
   slots: Slots, rows: kv.KVCache, hidden_RD: jax.Array, admission: Admission
 ) -> tuple[Slots, jax.Array, jax.Array]:
-  """Moves computed prompts and their requests into their slots."""
+  """Moves computed prompts and their requests into their slots.
 
-  def move(slots, rows, hidden_RD, admission):
-    at_A, from_A = admission.slot_A, admission.source_A
-    length = rows.k_LBSKH.shape[2]
-    cache = slots.cache
+  A layer at a time: all-gather of R * S * K * H over the batch axes.
+  """
+
+  def local(slots, rows, hidden_RD, admission):
+    count = slots.token_B.shape[0]
+    own_A, at_A = _here(admission.slot_A, count)
+    at_A = jnp.where(own_A, at_A, count)  # past the end: dropped
+    # Of each slot, whether something comes to it, and the prompt it holds.
+    fresh_B = jnp.zeros(count, bool).at[at_A].set(True, mode='drop')
+    from_B = jnp.zeros(count, jnp.int32)
+    from_B = from_B.at[at_A].set(admission.source_A, mode='drop')
 
     def put(x, value):
       return x.at[at_A].set(value, mode='drop')
 
-    def put_layers(x_LBSKH, rows_LRSKH):
-      return x_LBSKH.at[:, at_A, :length].set(
-        rows_LRSKH[:, from_A], mode='drop'
-      )
+    def move(x, new_R):
+      """Entries of prompts to the slots that hold them, from the start."""
+      new_B = _everyone(new_R)[from_B]
+      fresh = fresh_B.reshape(-1, *(1,) * (x.ndim - 1))
+      if x.ndim == 1:
+        return jnp.where(fresh, new_B, x)
+      old_B = jax.lax.slice_in_dim(x, 0, new_B.shape[1], axis=1)
+      new_B = jnp.where(fresh, new_B, old_B)
+      return jax.lax.dynamic_update_slice_in_dim(x, new_B, 0, axis=1)
 
-    until_AS = jnp.pad(
-      rows.until_BS[from_A], ((0, 0), (0, cache.until_BS.shape[1] - length))
-    )
-    idle_B = jnp.zeros(slots.token_B.shape, bool)
-    moved = Slots(
-      cache=kv.KVCache(
-        k_LBSKH=put_layers(cache.k_LBSKH, rows.k_LBSKH),
-        v_LBSKH=put_layers(cache.v_LBSKH, rows.v_LBSKH),
-        until_BS=put(cache.until_BS, until_AS),
-        filled_B=put(cache.filled_B, rows.filled_B[from_A]),
+    until_RS = rows.until_BS
+    short = slots.cache.until_BS.shape[1] - until_RS.shape[1]
+    until_RS = jnp.pad(until_RS, ((0, 0), (0, short)))
+    cache = kv.KVCache(
+      k_LBSKH=jax.lax.map(
+        lambda x: move(*x), (slots.cache.k_LBSKH, rows.k_LBSKH)
       ),
+      v_LBSKH=jax.lax.map(
+        lambda x: move(*x), (slots.cache.v_LBSKH, rows.v_LBSKH)
+      ),
+      until_BS=move(slots.cache.until_BS, until_RS),
+      filled_B=move(slots.cache.filled_B, rows.filled_B),
+    )
+    moved = Slots(
+      cache=cache,
       token_B=slots.token_B,
       left_B=put(slots.left_B, admission.left_A),
       seed_B2=put(slots.seed_B2, admission.seed_A2),
@@ -316,43 +344,43 @@ def _install(
       top_k_B=put(slots.top_k_B, admission.top_k_A),
       stop_BI=put(slots.stop_BI, admission.stop_AI),
     )
-    hidden_BD = jnp.zeros((len(idle_B), hidden_RD.shape[1]), hidden_RD.dtype)
-    return moved, put(hidden_BD, hidden_RD[from_A]), put(idle_B, True)
+    hidden_BD = jnp.zeros((count, hidden_RD.shape[1]), hidden_RD.dtype)
+    return moved, move(hidden_BD, hidden_RD), fresh_B
 
   row, rows_2 = sharding.spec('batch'), sharding.spec('batch', None)
-  out = Slots(
-    cache=_cache_specs(),
-    token_B=row,
-    left_B=row,
-    seed_B2=rows_2,
-    temperature_B=row,
-    top_p_B=row,
-    top_k_B=row,
-    stop_BI=rows_2,
+  layers = sharding.spec(*LAYERS)
+  cache = kv.KVCache(layers, layers, rows_2, row)
+  state = Slots(cache, row, row, rows_2, row, row, row, rows_2)
+  everywhere = jax.tree.map(
+    lambda x: sharding.spec(*(None,) * x.ndim), admission
   )
-  run = _across_rows(move, (out, rows_2, row))
+  run = sharding.manual(
+    local, (state, cache, rows_2, everywhere), (state, rows_2, row)
+  )
   return run(slots, rows, hidden_RD, admission)
 
 
-def _cache_specs() -> kv.KVCache:
-  layers = sharding.spec(None, 'batch', None, 'kv_heads', None)
-  return kv.KVCache(
-    k_LBSKH=layers,
-    v_LBSKH=layers,
-    until_BS=sharding.spec('batch', None),
-    filled_B=sharding.spec('batch'),
-  )
+def _here(slot: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """Whether slots are among this device's `count`, and which of them."""
+  first = 0
+  if sharding.axis_sizes():
+    first = jax.lax.axis_index(sharding.RULES['batch']) * count
+  at = slot - first
+  return (at >= 0) & (at < count), jnp.clip(at, 0, count - 1)
 
 
-def _across_rows(function, out_specs):
-  """Runs `function`, which mixes rows, wherever these rows live.
+def _scattered(x_RC: jax.Array) -> jax.Array:
+  """This device's rows of the sum over the batch axes."""
+  if not sharding.axis_sizes():
+    return x_RC
+  return jax.lax.psum_scatter(x_RC, sharding.RULES['batch'], tiled=True)
 
-  Rows are copied between devices here and nowhere else; the compiler chooses
-  the collectives (an all-reduce of the copied rows).
-  """
-  if not sharding.active():
-    return function
-  return jax.sharding.auto_axes(function, out_sharding=out_specs)
+
+def _everyone(x_RC: jax.Array) -> jax.Array:
+  """The rows of all devices."""
+  if not sharding.axis_sizes():
+    return x_RC
+  return jax.lax.all_gather(x_RC, sharding.RULES['batch'], tiled=True)
 
 
 def _buffer(shape, value, dtype, *axes):

@@ -80,15 +80,10 @@ def project(
   positions_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Queries, keys and values: projection, norm over all heads, rotation."""
-  # FSDP: all-gather of D * (N + 2K) * H weights before use.
-  q_DNH = sharding.place(weights['q'].astype(x_BTD.dtype), None, 'heads', None)
-  k_DKH, v_DKH = (
-    sharding.place(weights[name].astype(x_BTD.dtype), None, 'kv_heads', None)
-    for name in ('k', 'v')
-  )
-  q_BTNH = sharding.einsum('btd,dnh->btnh', x_BTD, q_DNH, out=HEADS)
-  k_BTKH = sharding.einsum('btd,dkh->btkh', x_BTD, k_DKH, out=KV_HEADS)
-  v_BTKH = sharding.einsum('btd,dkh->btkh', x_BTD, v_DKH, out=KV_HEADS)
+  # FSDP: all-gather of D * (N + 2K) * H weights.
+  q_BTNH = _heads(x_BTD, weights['q'], 'heads')
+  k_BTKH = _heads(x_BTD, weights['k'], 'kv_heads')
+  v_BTKH = _heads(x_BTD, weights['v'], 'kv_heads')
   # One variance a token over every head at once ("per_layer" in config.json).
   q_BTNH = norm.rms_norm(q_BTNH, weights['q_norm'], cfg.norm_eps, (-2, -1))
   k_BTKH = norm.rms_norm(k_BTKH, weights['k_norm'], cfg.norm_eps, (-2, -1))
@@ -96,6 +91,16 @@ def project(
     rotate(q_BTNH, positions_BT, cfg),
     rotate(k_BTKH, positions_BT, cfg),
     v_BTKH,
+  )
+
+
+def _heads(x_BTD: jax.Array, w_DNH: jax.Array, heads: str) -> jax.Array:
+  return sharding.project(
+    'btd,dnh->btnh',
+    x_BTD,
+    w_DNH.astype(x_BTD.dtype),
+    axes=(HIDDEN, ('embed', heads, None)),
+    out=(*HIDDEN[:2], heads, None),
   )
 
 
@@ -139,9 +144,14 @@ def attend(
     until_BT = cache.until_BS
   scale = cfg.head_dim**-0.5
   o_BTNH = _local_attention(q_BTNH, k_BTKH, v_BTKH, until_BT, offset_B, scale)
-  o_NHD = sharding.place(weights['o'].astype(x_BTD.dtype), 'heads', None, None)
-  # all-reduce over 'tensor': B * T * D.
-  y_BTD = sharding.einsum('btnh,nhd->btd', o_BTNH, o_NHD, out=HIDDEN)
+  # FSDP: all-gather of N * H * D weights; all-reduce over 'tensor': B * T * D.
+  y_BTD = sharding.project(
+    'btnh,nhd->btd',
+    o_BTNH,
+    weights['o'].astype(x_BTD.dtype),
+    axes=(HEADS, ('heads', None, 'embed')),
+    out=HIDDEN,
+  )
   stats = {}
   if want_stats:
     stats = score_stats(q_BTNH, k_BTKH, until_BT, offset_B, scale)

@@ -31,7 +31,7 @@ def from_hidden(
   run = sharding.manual(
     lambda head, hidden, target: _local(head, hidden, target, chunk),
     (
-      sharding.spec(None, 'ffn'),
+      sharding.spec('embed', 'vocab'),
       sharding.spec('batch', 'sequence', None),
       rows,
     ),
@@ -42,7 +42,8 @@ def from_hidden(
 
 def _local(head_DV, hidden_BTD, target_BT, chunk):
   axis = 'tensor' if sharding.axis_sizes() else None
-  head_DV = sharding.varying(head_DV)
+  # all-gather of the D * V head in float32 over all axes but 'tensor'.
+  head_DV = sharding.gathered(head_DV, 'embed', 'vocab')
   batch, length, width = hidden_BTD.shape
   tokens = batch * length
   chunks = -(-tokens // chunk)

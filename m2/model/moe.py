@@ -1,6 +1,6 @@
 """The sparse feed-forward layer: sigmoid router and SwiGLU experts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels
 from m2 import config
-from m2.parallel import experts, sharding
+from m2.parallel import experts, serving, sharding
 
 TOKENS = ('batch', 'sequence', None)
 
@@ -23,18 +23,24 @@ class Moe(nn.Module):
   def __call__(self) -> dict[str, jax.Array]:
     cfg = self.cfg
     d, e, f = cfg.d_model, cfg.experts, cfg.d_expert
-    normal = nn.initializers.normal(cfg.init_std)
+    scores = normal = nn.initializers.normal(cfg.init_std)
     out = nn.initializers.normal(cfg.init_std / (2 * cfg.layers) ** 0.5)
     dtype = jnp.dtype(cfg.param_dtype)
+    if cfg.fp8_experts:
+      normal, out = (_quantised(init) for init in (normal, out))
     return {
       'norm': self.param('norm', nn.initializers.ones, (d,), dtype),
       # The router is float32 whatever the rest is (spec of the checkpoint).
-      'gate': self.param('gate', normal, (d, e), jnp.float32),
+      'gate': self.param('gate', scores, (d, e), jnp.float32),
       'bias': self.param('bias', nn.initializers.zeros, (e,), jnp.float32),
       'wi_0': self.param('wi_0', normal, (e, d, f), dtype),
       'wi_1': self.param('wi_1', normal, (e, d, f), dtype),
       'wo': self.param('wo', out, (e, f, d), dtype),
     }
+
+
+def _quantised(init: nn.initializers.Initializer) -> Callable:
+  return lambda *args: pallas_kernels.quantise(init(*args))
 
 
 def route(
@@ -55,11 +61,11 @@ def route(
   Returns:
     score_BTE float32, index_BTX int32 (E = slot not used), weight_BTX float32.
   """
-  gate_DE = sharding.place(weights['gate'], None, None)
-  logit_BTE = sharding.einsum(
+  logit_BTE = sharding.project(
     'btd,de->bte',
     x_BTD.astype(jnp.float32),
-    gate_DE,
+    weights['gate'],
+    axes=(TOKENS, ('embed', None)),
     out=TOKENS,
     precision=jax.lax.Precision.HIGHEST,
   )
@@ -124,13 +130,18 @@ def mix(
   """
   x_BTD = checkpoint_name(x_BTD, 'moe_in')
   score_BTE, index_BTX, weight_BTX = route(cfg, weights, x_BTD, experts_BTX)
-  y_BTD = experts.expert_parallel(
-    x_BTD,
-    (index_BTX, weight_BTX),
-    *(weights[name].astype(x_BTD.dtype) for name in ('wi_0', 'wi_1', 'wo')),
-    strategy=cfg.expert_strategy,
-    chunks=cfg.expert_chunks,
-  )
+  matrices = [weights[name] for name in ('wi_0', 'wi_1', 'wo')]
+  routing = index_BTX, weight_BTX
+  if cfg.fp8_experts:
+    y_BTD = serving.experts(x_BTD, routing, *matrices)
+  else:
+    y_BTD = experts.expert_parallel(
+      x_BTD,
+      routing,
+      *(w.astype(x_BTD.dtype) for w in matrices),
+      strategy=cfg.expert_strategy,
+      chunks=cfg.expert_chunks,
+    )
   out = {'experts_BTX': index_BTX}
   out |= _load(cfg, score_BTE, index_BTX, count_BT)
   if want_stats:

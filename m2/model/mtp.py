@@ -186,7 +186,10 @@ def _enter(cfg, params, weights, h_BTD, token_BT):
     ],
     axis=-1,
   )
-  proj_CD = sharding.place(weights['proj'].astype(h_BTD.dtype), None, None)
-  return sharding.einsum(
-    'btc,cd->btd', both_BTC, proj_CD, out=transformer.HIDDEN
+  return sharding.project(
+    'btc,cd->btd',
+    both_BTC,
+    weights['proj'].astype(h_BTD.dtype),
+    axes=(transformer.HIDDEN, ('embed', None)),
+    out=transformer.HIDDEN,
   )

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from m2 import config
 from m2.model import mtp, transformer
 from m2.parallel import sharding
@@ -38,6 +39,22 @@ def init(
   make = jax.jit(functools.partial(_init, cfg), out_shardings=shardings)
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
     return make(key)
+
+
+def quantise(params: Any) -> Any:
+  """`params` with the experts in block-FP8, as `model.fp8_experts` has them."""
+
+  def part(tree):
+    moe = {
+      name: pallas_kernels.quantise(leaf)
+      if name in ('wi_0', 'wi_1', 'wo')
+      else leaf
+      for name, leaf in tree['moe'].items()
+    }
+    return {**tree, 'moe': moe}
+
+  parts = [name for name in ('blocks', 'mtp') if name in params]
+  return {**params, **{name: part(params[name]) for name in parts}}
 
 
 def count(cfg: config.ModelConfig) -> int:

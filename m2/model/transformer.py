@@ -162,12 +162,38 @@ def scanned(module: type[nn.Module], cfg: config.ModelConfig, length: int):
 def embed_tokens(
   cfg: config.ModelConfig, embed_VD: jax.Array, tokens_BT: jax.Array
 ) -> jax.Array:
-  """Rows of the embedding table, in the compute dtype."""
-  # all-gather of the V * D table over the axes that hold it.
-  table_VD = sharding.place(embed_VD.astype(cfg.dtype), None, None)
-  if sharding.active():
-    return table_VD.at[tokens_BT].get(out_sharding=sharding.spec(*HIDDEN))
-  return table_VD[tokens_BT]
+  """Rows of the embedding table, in the compute dtype.
+
+  Few tokens go to where the rows lie, an all-gather and a reduce-scatter of
+  tokens over `expert`; for many, the table comes here, an all-gather of V * D.
+  """
+
+  def local(table_VD, tokens_BT):
+    sizes = sharding.axis_sizes()
+    if not sizes:
+      return table_VD[tokens_BT]
+    reach = jax.typeof(tokens_BT).mat.varying
+    ways = sizes['expert']
+    few = ways > 1 and tokens_BT.size * ways < cfg.vocab
+    place = jax.lax.axis_index('tensor')
+    table_axes = (None if few else 'vocab', 'embed')
+    table_VD = sharding.gathered(table_VD, *table_axes, over=reach)
+    if few:
+      place = place * ways + jax.lax.axis_index('expert')
+      tokens_BT = jax.lax.all_gather(tokens_BT, 'expert', axis=0, tiled=True)
+    row_BT = tokens_BT - place * len(table_VD)
+    own_BT1 = ((row_BT >= 0) & (row_BT < len(table_VD)))[..., None]
+    x_BTD = jnp.where(own_BT1, table_VD[row_BT], 0)
+    if few:
+      x_BTD = jax.lax.psum_scatter(x_BTD, 'expert', tiled=True)
+    return sharding.total(x_BTD, HIDDEN)
+
+  run = sharding.manual(
+    local,
+    (sharding.spec('vocab', 'embed'), sharding.spec(*HIDDEN[:2])),
+    sharding.spec(*HIDDEN),
+  )
+  return run(embed_VD.astype(cfg.dtype), tokens_BT)
 
 
 def _prepare(cache, until_BT, count_BT):
@@ -262,12 +288,38 @@ def logits(
 
 
 def head_logits(params: Any, hidden_BTD: jax.Array) -> jax.Array:
-  """float32 logits: the head is kept out of low precision (M1 report 3)."""
-  head_DV = sharding.place(params['head'].astype(jnp.float32), None, 'vocab')
-  return sharding.einsum(
-    'btd,dv->btv',
-    hidden_BTD.astype(jnp.float32),
-    head_DV,
-    out=HIDDEN,
-    precision=jax.lax.Precision.HIGHEST,
+  """float32 logits: the head is kept out of low precision (M1 report 3).
+
+  The head stays where it is but for FSDP: hidden states are gathered over
+  `expert`, and each device's slice of the vocabulary is sent to their owners.
+  """
+
+  def local(hidden_BTD, head_DV):
+    sizes = sharding.axis_sizes()
+    if not sizes:
+      return _products(hidden_BTD, head_DV)
+    head_DV = sharding.gathered(head_DV, 'embed', None)
+    hidden_BTD = sharding.varying(hidden_BTD)
+    if sizes['expert'] > 1:
+      hidden_BTD = jax.lax.all_gather(hidden_BTD, 'expert', axis=0, tiled=True)
+    logits_BTV = _products(hidden_BTD, head_DV)
+    if sizes['expert'] > 1:
+      logits_BTV = jax.lax.all_to_all(
+        logits_BTV, 'expert', split_axis=0, concat_axis=2, tiled=True
+      )
+    return jax.lax.all_gather(
+      logits_BTV, 'tensor', axis=2, tiled=True, to='invarying'
+    )
+
+  run = sharding.manual(
+    local,
+    (sharding.spec(*HIDDEN), sharding.spec('embed', 'vocab')),
+    sharding.spec(*HIDDEN),
+  )
+  return run(hidden_BTD.astype(jnp.float32), params['head'].astype(jnp.float32))
+
+
+def _products(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+  return jnp.einsum(
+    'btd,dv->btv', hidden_BTD, head_DV, precision=jax.lax.Precision.HIGHEST
   )

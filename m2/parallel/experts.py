@@ -64,8 +64,15 @@ def expert_parallel(
     known = ', '.join(('auto', *cost.STRATEGIES))
     raise ValueError(f'{strategy=}: choose one of {known}')
   rows = sharding.spec('batch', 'sequence', None)
+  stored = [
+    ('expert', 'embed', 'ffn'),
+    ('expert', 'embed', 'ffn'),
+    ('expert', 'ffn', 'embed'),
+  ]
 
   def local(x_BTD, index_BTX, weight_BTX, *weights):
+    # FSDP: all-gather of this device's experts, 3 * E * D * F weights.
+    weights = [sharding.gathered(w, *axes) for w, axes in zip(weights, stored)]
     x_MD, index_MX, weight_MX = (
       x.reshape(-1, x.shape[-1]) for x in (x_BTD, index_BTX, weight_BTX)
     )
@@ -81,9 +88,7 @@ def expert_parallel(
       rows,
       rows,
       rows,
-      sharding.spec('expert', None, 'ffn'),
-      sharding.spec('expert', None, 'ffn'),
-      sharding.spec('expert', 'ffn', None),
+      *(sharding.spec(*axes) for axes in stored),
     ),
     rows,
   )

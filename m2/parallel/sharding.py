@@ -6,14 +6,14 @@ so that the model also runs on one device with plain arrays.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Logical axes of each parameter, by the last name of its path.
+# Logical axes of each parameter, by the last name of its path, or last two.
 AXES: dict[str, tuple[str | None, ...]] = {
   'embed': ('vocab', 'embed'),
   'head': ('embed', 'vocab'),
@@ -30,6 +30,13 @@ AXES: dict[str, tuple[str | None, ...]] = {
   'wi_0': ('layer', 'expert', 'embed', 'ffn'),
   'wi_1': ('layer', 'expert', 'embed', 'ffn'),
   'wo': ('layer', 'expert', 'ffn', 'embed'),
+  # Block-FP8: (out, in), each matrix with the scales of its blocks.
+  'wi_0/values': ('layer', 'expert', 'ffn', 'embed'),
+  'wi_0/scale_inv': ('layer', 'expert', 'ffn', 'embed'),
+  'wi_1/values': ('layer', 'expert', 'ffn', 'embed'),
+  'wi_1/scale_inv': ('layer', 'expert', 'ffn', 'embed'),
+  'wo/values': ('layer', 'expert', 'embed', 'ffn'),
+  'wo/scale_inv': ('layer', 'expert', 'embed', 'ffn'),
   'enorm': ('layer', None),
   'hnorm': ('layer', None),
   'proj': ('layer', 'embed', None),
@@ -41,7 +48,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
 RULES: dict[str, str | tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
   'sequence': 'context',
-  'vocab': ('expert', 'tensor'),
+  # `tensor` first: gathered over `expert`, a part of the vocabulary is a range.
+  'vocab': ('tensor', 'expert'),
   'embed': ('fsdp', 'context'),
   'heads': 'tensor',
   'kv_heads': 'tensor',
@@ -87,7 +95,7 @@ def manual(function: Callable, in_specs: Sequence[P], out_specs: Any):
     if not active():
       return function(*args)
     placed = [
-      jax.tree.map(lambda leaf, s=s: jax.sharding.reshard(leaf, s), arg)
+      jax.tree.map(_move, s, arg, is_leaf=lambda x: isinstance(x, P))
       for arg, s in zip(args, in_specs, strict=True)
     ]
     return jax.shard_map(
@@ -97,19 +105,96 @@ def manual(function: Callable, in_specs: Sequence[P], out_specs: Any):
   return wrapped
 
 
+def _move(where: P, part: Any) -> Any:
+  return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, where), part)
+
+
+def project(
+  equation: str,
+  x: jax.Array,
+  weight: jax.Array,
+  *,
+  axes: tuple[Sequence[str | None], Sequence[str | None]],
+  out: Sequence[str | None],
+  **kwargs,
+) -> jax.Array:
+  """`jnp.einsum` of activations and a stored weight.
+
+  The weight is gathered where it is used, so that its gradient comes back by
+  reduce-scatter (`gathered`); sums over split dimensions are completed.
+
+  Args:
+    equation: of `x` and `weight`.
+    x: activations.
+    weight: as stored.
+    axes: logical axes of both.
+    out: logical axes of the result.
+    **kwargs: of `jnp.einsum`.
+  """
+
+  def local(x, weight):
+    reach = jax.typeof(x).mat.varying if axis_sizes() else ()
+    weight = gathered(weight, *axes[1], over=reach)
+    y = jax.numpy.einsum(equation, x, weight, **kwargs)
+    return total(y, out)
+
+  return manual(local, [spec(*one) for one in axes], spec(*out))(x, weight)
+
+
+def gathered(
+  weight: jax.Array, *axes: str | None, over: Iterable[str] | None = None
+) -> jax.Array:
+  """A weight as it is used, from the block stored here; inside `manual`.
+
+  all-gather of its `embed` and `vocab` dimensions over their mesh axes but
+  `tensor`; its transpose is the reduce-scatter of the gradient, and the sum
+  over axes that hold copies then is of the scattered part.
+
+  Args:
+    weight: this device's block.
+    axes: logical axes of its dimensions.
+    over: mesh axes over which its use differs; None is all.
+  """
+  sizes = axis_sizes()
+  if not sizes:
+    return weight
+  weight = varying(weight, over)
+  for dim, axis in enumerate(axes):
+    if axis in ('embed', 'vocab'):
+      names = [name for name in mesh_axes(axis) if name != 'tensor']
+      names = tuple(name for name in names if sizes[name] > 1)
+      if names:
+        weight = jax.lax.all_gather(weight, names, axis=dim, tiled=True)
+  return weight
+
+
+def total(x: jax.Array, out: Sequence[str | None]) -> jax.Array:
+  """Sums over the mesh axes along which `x` differs and `out` does not."""
+  if not axis_sizes():
+    return x
+  kept = {name for axis in out if axis for name in mesh_axes(axis)}
+  axes = tuple(a for a in axis_sizes() if a in jax.typeof(x).mat.varying - kept)
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+  """The mesh axes of a logical axis, major first."""
+  names = RULES[axis]
+  return (names,) if isinstance(names, str) else names
+
+
 def axis_sizes() -> Mapping[str, int]:
   """Mesh axis sizes, empty without a mesh."""
   return dict(jax.sharding.get_abstract_mesh().shape)
 
 
-def varying(x: jax.Array) -> jax.Array:
-  """Marks a value as differing over every mesh axis, inside `manual`.
+def varying(x: jax.Array, over: Iterable[str] | None = None) -> jax.Array:
+  """Marks a value as differing over mesh axes, all if None, inside `manual`.
 
   Its transpose sums the gradient over the axes that held copies.
   """
-  axes = tuple(
-    axis for axis in axis_sizes() if axis not in jax.typeof(x).mat.varying
-  )
+  wanted = axis_sizes() if over is None else over
+  axes = tuple(a for a in wanted if a not in jax.typeof(x).mat.varying)
   return jax.lax.pcast(x, axes, to='varying') if axes else x
 
 
@@ -131,7 +216,8 @@ def param_shardings(
 
   def one(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    axes = AXES.get(name.rsplit('/', 1)[-1])
+    last = name.rsplit('/', 2)
+    axes = AXES.get('/'.join(last[-2:])) or AXES.get(last[-1])
     if axes is None:
       errors.append(f'{name}: no line in m2.parallel.sharding.AXES')
       return NamedSharding(mesh, P())

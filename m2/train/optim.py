@@ -131,7 +131,7 @@ def make(cfg: config.OptimConfig, steps: int) -> optax.GradientTransformation:
 
 
 def _adamw(cfg: config.OptimConfig) -> optax.GradientTransformation:
-  return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+  return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=cfg.moment)
 
 
 def _muon(cfg: config.OptimConfig) -> optax.GradientTransformation:
@@ -143,7 +143,7 @@ def _muon(cfg: config.OptimConfig) -> optax.GradientTransformation:
     )
 
   orthogonal = optax.contrib.scale_by_muon(
-    beta=MUON_BETA, weight_dimension_numbers=dims
+    beta=MUON_BETA, mu_dtype=cfg.moment, weight_dimension_numbers=dims
   )
   return optax.partition(
     {

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128  # side of the squares that share a scale
+LARGEST = 448.0  # finite code
 
 
 @jax.tree_util.register_dataclass
@@ -49,3 +50,18 @@ def dequantised(w: Weights) -> jax.Array:
 def one(w: Weights, expert: jax.Array) -> Weights:
   """The matrix of one expert."""
   return jax.tree.map(lambda z: z[expert], w)
+
+
+def quantised(w_KN: jax.Array) -> Quantized:
+  """Plain matrices [..., K, N] in block-FP8, largest weights to largest codes.
+
+  Blocks of zeros get scale 1. K and N are multiples of `BLOCK`.
+  """
+  *_, k, n = w_KN.shape
+  w_NK = w_KN.astype(jnp.float32).swapaxes(-2, -1)
+  shape = (*w_NK.shape[:-2], n // BLOCK, BLOCK, k // BLOCK, BLOCK)
+  blocks = w_NK.reshape(shape)
+  peak = jnp.abs(blocks).max((-3, -1), keepdims=True)
+  scale = jnp.where(peak > 0, peak / LARGEST, 1.0)
+  values = (blocks / scale).reshape(w_NK.shape).astype(jnp.float8_e4m3fn)
+  return Quantized(values, scale[..., 0, :, 0])

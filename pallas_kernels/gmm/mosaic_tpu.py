@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles_tpu
+from pallas_kernels import dispatch, tiles_tpu
 from pallas_kernels.gmm import layout, stream_tpu, vjp
 
 # Side of the part of a weight gradient that one product of a chunk fills.
@@ -49,7 +49,7 @@ def no_device() -> str | None:
   """Why TPU kernels cannot run on the device at hand, or None."""
   if tiles_tpu.here():
     return None
-  kind = jax.local_devices()[0].device_kind
+  kind = (dispatch.target() or jax.local_devices()[0]).device_kind
   known = ', '.join(tiles_tpu.CHIPS)
   return f'knows {known} (and interprets on CPUs), not {kind}'
 

@@ -1,4 +1,4 @@
-"""Writes README's tables of measurements from `results/*.json`.
+"""Writes the READMEs' tables of measurements from `results/*.json`.
 
     python -m tests.bench.readme
 
@@ -9,12 +9,14 @@ test beside this file fails when README and the results differ.
 
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tests.bench import record
 
-README = pathlib.Path(__file__).resolve().parents[2] / 'README.md'
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+README = ROOT / 'README.md'
+LAUNCH = ROOT / 'launch' / 'README.md'
 BLOCK = re.compile(
   r'(<!-- results: (?P<name>\w+) -->\n)(?P<body>.*?)(<!-- end -->)', re.DOTALL
 )
@@ -304,6 +306,49 @@ def tpu_kernels(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def plan(results: Sequence[dict[str, Any]]) -> str:
+  """A row for each program on each pod, compiled and never run."""
+
+  def gib(size: float) -> str:
+    return f'{size / 2**30:.1f}'
+
+  rows = [
+    [
+      result['device'],
+      row['program'],
+      ' '.join(f'{axis}={n}' for axis, n in row['mesh'].items()),
+      f'{row["tokens"]:,}',
+      f'{gib(row["hbm"]["peak"])} of {gib(row["hbm"]["limit"])}',
+      *(
+        gib(sum(row['hbm'][name] for name in names.split()))
+        for names in ('weights', 'optimiser', 'residuals cache', 'work')
+      ),
+      f'{row["collectives"]["bytes"] / 1e9:,.2f}',
+      difference(row['collectives']),
+      f'{1e3 * row["bound"]["seconds"]:,.0f} ({row["bound"]["by"]})',
+      f'{100 * row["mfu"]:.0f}%',
+      f'{row["tokens_per_second_per_chip"]:,.0f}',
+      f'{row["compile_seconds"]:.0f}',
+      gib(row['compiler_bytes']),
+      f'`{result["commit"][:9]}`',
+    ]
+    for result in results
+    for row in result['rows']
+    if row['fits']
+  ]
+  head = (
+    'pod', 'program', 'mesh', 'tokens a call', 'HBM of a device, GiB',
+    'weights', 'optimiser', 'kept or cache', 'work', 'sent a device, GB',
+    'over count', 'least ms (by)', 'MFU at most', 'tokens/s a chip at most',
+    'compile s', 'compiler GiB', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
+def difference(row: dict[str, Any]) -> str:
+  return f'{100 * (row["bytes"] / row["expected"] - 1):+.1f}%'
+
+
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'quickstart': quickstart,
   'step_time': step_time,
@@ -316,20 +361,27 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 }
 
 
-def render(text: str, folder: pathlib.Path = record.RESULTS) -> str:
+LAUNCH_TABLES = {'plan': plan}
+
+
+def render(
+  text: str,
+  folder: pathlib.Path = record.RESULTS,
+  tables: Mapping[str, Callable] = TABLES,
+) -> str:
   """`text` with every results block made anew.
 
   Raises:
     ValueError: a block names no known table, or a known table has no block.
   """
   names = [match['name'] for match in BLOCK.finditer(text)]
-  if sorted(names) != sorted(TABLES):
+  if sorted(names) != sorted(tables):
     raise ValueError(
-      f'README has result blocks {sorted(names)}; expected {sorted(TABLES)}'
+      f'README has result blocks {sorted(names)}; expected {sorted(tables)}'
     )
 
   def fill(match: re.Match) -> str:
-    body = TABLES[match['name']](record.read(match['name'], folder))
+    body = tables[match['name']](record.read(match['name'], folder))
     return f'{match[1]}\n{body or "Not measured yet."}\n{match[4]}'
 
   return BLOCK.sub(fill, text)
@@ -337,6 +389,7 @@ def render(text: str, folder: pathlib.Path = record.RESULTS) -> str:
 
 def main() -> None:
   README.write_text(render(README.read_text()))
+  LAUNCH.write_text(render(LAUNCH.read_text(), tables=LAUNCH_TABLES))
 
 
 if __name__ == '__main__':

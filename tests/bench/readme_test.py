@@ -26,6 +26,14 @@ class ReadmeTest(absltest.TestCase):
       text, readme.render(text), 'run: python -m tests.bench.readme'
     )
 
+  def test_launch_readme_is_what_the_plans_say(self):
+    text = readme.LAUNCH.read_text()
+    self.assertEqual(
+      text,
+      readme.render(text, tables=readme.LAUNCH_TABLES),
+      'run: python -m tests.bench.readme',
+    )
+
   def test_absent_results_leave_no_numbers(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     text = readme.render(EMPTY, folder)

@@ -1,8 +1,9 @@
 """Which backend is picked, what is said about it, and what is refused."""
 
+import jax
 from absl.testing import absltest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tiles_tpu
 
 TABLE = {'mosaic_gpu': 'fast', 'xla': 'plain'}
 
@@ -25,6 +26,16 @@ class DispatchTest(absltest.TestCase):
     self.assertEqual(picked, 'plain')
     self.assertLen(logs.output, 1)  # said once
     self.assertIn('mosaic_gpu needs bfloat16', logs.output[0])
+
+  def test_a_mesh_of_other_devices_decides(self):
+    """Programs compiled ahead of time get the kernels of their devices."""
+    device = jax.sharding.AbstractDevice('TPU v5', num_cores=2, platform='tpu')
+    mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
+    table = {**TABLE, 'mosaic_tpu': 'there'}
+    with jax.sharding.use_abstract_mesh(mesh):
+      self.assertEqual(dispatch.pick('four', None, table), 'there')
+      self.assertEqual(tiles_tpu.here(), tiles_tpu.CHIPS['TPU v5'])
+    self.assertEqual(dispatch.pick('four', None, table), 'fast')
 
   def test_forced_never_falls_back(self):
     self.assertEqual(dispatch.pick('three', 'xla', TABLE), 'plain')

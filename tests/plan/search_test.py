@@ -1,0 +1,106 @@
+"""What the search offers fits by its own estimate, and is a real run."""
+
+import math
+
+from absl.testing import absltest
+
+from configs import m2
+from m2 import config as settings
+from m2.model import params
+from m2.parallel import mesh as meshes
+from m2.plan import chips, counts, flops, memory, search
+
+LINK = 10**11
+
+
+def config(**leaves) -> settings.RunConfig:
+  words = [f'{name.replace("__", ".")}={x}' for name, x in leaves.items()]
+  return settings.RunConfig.from_config(m2.get_config(','.join(words)))
+
+
+def rates(mesh):
+  return {axis: LINK for axis in meshes.AXES}
+
+
+class SearchTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.run_config = config(data__batch=64, data__length=4096)
+    self.target = chips.topology('v5p:4x4x4')
+
+  def test_candidates_fit_and_divide(self):
+    found = search.search(self.run_config, self.target, rates)
+    self.assertNotEmpty(found)
+    limit = search.FILL * self.target.chip.device_hbm
+    for one in found:
+      mesh = one.config.mesh
+      sizes = [getattr(mesh, axis) for axis in meshes.AXES]
+      self.assertEqual(math.prod(sizes), 64)
+      self.assertLessEqual(one.memory.peak, limit)
+      rows = mesh.data * mesh.fsdp * mesh.expert * one.config.optim.accumulate
+      self.assertEqual(one.config.data.batch % rows, 0)
+    apart = [one.apart for one in found]
+    self.assertEqual(apart, sorted(apart))
+
+  def test_settings_are_a_command_line(self):
+    best = search.search(self.run_config, self.target, rates)[0]
+    leaves = dict(
+      word.removeprefix('--config.').split('=')
+      for word in best.settings().split()
+    )
+    again = m2.get_config(','.join(f'{k}={v}' for k, v in leaves.items()))
+    frozen = settings.RunConfig.from_config(again)
+    self.assertEqual(frozen.mesh, best.config.mesh)
+    self.assertEqual(frozen.model.remat, best.config.model.remat)
+
+  def test_nothing_fits_too_few_chips(self):
+    small = chips.topology('v6e:4x4')
+    run = config(data__batch=16, data__length=4096)
+    self.assertEmpty(search.search(run, small, rates))
+
+  def test_what_saves_memory_saves_memory(self):
+    sizes = dict(zip(meshes.AXES, (1, 16, 4, 1, 1)))
+
+    def peak(**leaves):
+      run = config(data__batch=64, data__length=4096, **leaves)
+      return memory.estimate(run, sizes, self.target.chip.kind).peak
+
+    base = peak()
+    self.assertLess(peak(model__remat='full'), base)
+    self.assertLess(peak(optim__moment='bfloat16'), base)
+    self.assertLess(base, peak(model__remat='none'))
+
+
+class CountsTest(absltest.TestCase):
+  def test_one_device_sends_nothing(self):
+    run = config()
+    work = counts.Work(run.model, dict.fromkeys(meshes.AXES, 1), 1, 4096)
+    self.assertEmpty(counts.train(work))
+
+  def test_gathers_of_experts(self):
+    """By hand: 3 * 64 experts * 3072 * 1536 bfloat16, 16 ways, 62 layers."""
+    run = config(model__expert_strategy='gather')
+    sizes = dict(zip(meshes.AXES, (1, 16, 4, 1, 1)))
+    work = counts.Work(run.model, sizes, 64, 4096, 1, 'TPU v5')
+    (one,) = (
+      x
+      for x in counts.train(work)
+      if (x.name, x.kind) == ('experts', 'all-gather')
+    )
+    self.assertEqual(one.size, 3 * 64 * 3072 * 1536 * 2)
+    self.assertEqual((one.axes, one.times), (('fsdp',), 2 * 62))
+
+  def test_flops_of_a_token(self):
+    """6 FLOPs a parameter that a token passes, and the scores."""
+    run = config()
+    found = flops.per_token(run.model, 4096, training=True)
+    active = params.active_count(run.model) + 3072 * 200_064
+    scores = 6 * 62 * 48 * 128 * 4096
+    # Norms and biases are no products.
+    self.assertAlmostEqual(found.useful / (6 * active + scores), 1, places=3)
+    self.assertGreater(found.done, found.useful)
+    self.assertGreater(found.passes, found.done)
+
+
+if __name__ == '__main__':
+  absltest.main()
