@@ -32,7 +32,7 @@ def row(fits: bool) -> dict:
 class RunTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
-    tree = m2.get_config('data.batch=64')
+    tree = m2.get_config('data.batch=64,data.shards=64')
     tree.mode = 'plan'
     tree.plan.topology, tree.plan.programs = 'v5p:4x4x4', 'train'
     self.config = settings.RunConfig.from_config(tree)

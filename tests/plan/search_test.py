@@ -14,6 +14,7 @@ LINK = 10**11
 
 
 def config(**leaves) -> settings.RunConfig:
+  leaves = {'data__shards': 16} | leaves
   words = [f'{name.replace("__", ".")}={x}' for name, x in leaves.items()]
   return settings.RunConfig.from_config(m2.get_config(','.join(words)))
 
