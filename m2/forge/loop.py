@@ -65,13 +65,7 @@ def run(
     m2.train.signals.Stopped: a signal asked for it; the last step is saved.
   """
   check(config)
-  mesh = meshes.make_mesh(config.mesh)
-  ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
-  if config.forge.lines % ways:
-    raise ValueError(
-      f'forge.lines={config.forge.lines} is not a multiple of the {ways} '
-      'devices that lines are split over (mesh data * fsdp * expert)'
-    )
+  mesh = _mesh(config)
   tokenizer = evaluate.tokenizer(config.checkpoint.init_from)
   tokenizer.save(workdir / 'tokenizer.json')
   forge = config.forge
@@ -129,6 +123,17 @@ def run(
         asked,
         save,
       )
+
+
+def _mesh(config: settings.RunConfig) -> jax.sharding.Mesh:
+  mesh = meshes.make_mesh(config.mesh)
+  ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
+  if config.forge.lines % ways:
+    raise ValueError(
+      f'forge.lines={config.forge.lines} is not a multiple of the {ways} '
+      'devices that lines are split over (mesh data * fsdp * expert)'
+    )
+  return mesh
 
 
 def check(config: settings.RunConfig) -> None:
