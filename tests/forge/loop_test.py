@@ -1,7 +1,9 @@
 """The RL loop on a toy task: it learns, stays exact, and resumes cleanly."""
 
 import json
+import os
 import pathlib
+import signal
 from unittest import mock
 
 import jax
@@ -14,7 +16,7 @@ from m2.data import tokenizer
 from m2.forge import loop, rollout
 from m2.model import params as model_params
 from m2.parallel import mesh as meshes
-from m2.train import optim
+from m2.train import optim, signals
 from m2.train import state as train_state
 
 # Rollout against trainer, CPU float32 (issue 2).
@@ -211,6 +213,30 @@ class LoopTest(parameterized.TestCase):
     for row in rows:  # what is fresh agrees with the trainer here, too
       self.assertLess(row['mismatch/max'], MISMATCH)
     self.assertGreaterEqual(sum(row['env/dropped'] for row in rows), 1)
+
+  @pytest.mark.heavy
+  def test_asked_to_stop_it_saves_after_the_step(self):
+    sizes = {'groups': 2, 'in_flight': 2, 'group_size': 4}
+    cfg = settings(
+      str(self.start), steps=4, forge=sizes, checkpoint={'every': 10}
+    )
+    free = rollout.Rollouts.free
+
+    def signalled(rollouts):
+      if len(self.taken) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+      free(rollouts)
+
+    with mock.patch.object(rollout.Rollouts, 'free', signalled):
+      with self.assertRaises(signals.Stopped) as stopped:
+        self.run_loop(cfg)
+    self.assertEqual(stopped.exception.code, 143)
+    before = [_index(id) for ids in self.taken for id in ids]
+    state, rows = self.run_loop(cfg)
+    self.assertEqual(int(state.step), 4)
+    self.assertEqual([row['step'] for row in rows], [1, 2, 3, 4])
+    after = [_index(id) for ids in self.taken for id in ids]
+    self.assertLen(set(before + after), 8)  # each prompt once
 
   @parameterized.named_parameters(
     ('unmerged', {'merge': False}), ('replayed', {'replay': True})
