@@ -132,7 +132,9 @@ class PodTest(parameterized.TestCase):
   def test_modes_of_one_process_refuse_several(self):
     """Before anything is joined, so that one process is enough to see it."""
     cfg = settings.RunConfig(
-      mode='convert', convert=settings.ConvertConfig(source='a', target='b')
+      mode='convert',
+      convert=settings.ConvertConfig(source='a', target='b'),
+      mesh=settings.MeshConfig(),
     )
     with pod.Pod(cfg, self.folder / 'run', processes=2) as run:
       self.assertEqual(run.codes(), [2, 2])
