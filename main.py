@@ -61,10 +61,13 @@ def main(_) -> None:
     details = workdir / (f'error-{rank}.txt' if rank else 'error.txt')
     details.write_text(traceback.format_exc())
     ours = type(error).__module__.startswith('m2.')
-    if not ours and not isinstance(error, ValueError | OSError):
+    refused = isinstance(error, ValueError | NotImplementedError)
+    if not ours and not refused and not isinstance(error, OSError):
       traceback.print_exc()  # a bug, not a message to the user
-    where = ''.join(f'{note}; ' for note in getattr(error, '__notes__', ()))
-    code = 2 if isinstance(error, ValueError) else 1
+    notes = getattr(error, '__notes__', ())
+    # Those of jax have several lines, on frames that it hides.
+    where = ''.join(f'{note}; ' for note in notes if '\n' not in note)
+    code = 2 if refused else 1
     stop(f'{error} ({where}details: {details})', code)
   if rank == 0 and (unread := settings.unread(config)):
     print(f'no code read these settings: {", ".join(unread)}', file=sys.stderr)

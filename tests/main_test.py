@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 
 from absl.testing import absltest, parameterized
 
@@ -67,6 +68,19 @@ class MainTest(parameterized.TestCase):
   def losses(self, workdir) -> list[float]:
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
     return [json.loads(line)['loss'] for line in lines]
+
+  def test_what_the_platform_lacks_is_refused_in_one_line(self):
+    with unittest.mock.patch.dict(os.environ, JAX_NUM_CPU_DEVICES='2'):
+      refused = self.main(
+        f'--config=configs/rerun.py:{self.workdir}/config.json',
+        '--config.mesh.expert=2',
+        '--config.model.expert_strategy=ragged',
+        workdir=self.folder / 'refused',
+      )
+    self.assertEqual(refused.returncode, 2, refused.stderr)
+    self.assertNotIn('Traceback', refused.stderr)
+    last = refused.stderr.splitlines()[-1]
+    self.assertRegex(last, "^error: strategy='ragged' .* use 'exchange'.*txt")
 
   def test_trains_and_says_how_far_it_is(self):
     self.assertEqual(self.first.returncode, 0, self.first.stderr)

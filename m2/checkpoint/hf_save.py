@@ -76,7 +76,8 @@ def save(
   Raises:
     ValueError: `dtype` is unknown, leaves are missing, unexpected or of another
       shape, or the format cannot express the model.
-    FileExistsError: something is at `path`.
+    FileExistsError: something is at `path`, or at `<path>.unfinished` what no
+      save left there.
     OSError: a file could not be written; nothing is left at `path`.
   """
   if dtype not in _STORED:
@@ -141,6 +142,10 @@ def _place(path: str | pathlib.Path, mark: bytes) -> Iterator[storage.Folder]:
   if mark:
     partial = path.with_name(f'{path.name}.unfinished')
     if partial.exists() and not _marked(storage.folder(partial), mark):
+      if any(partial.iterdir()) and not (partial / _MARK).exists():
+        raise FileExistsError(
+          f'{partial} is in the way, and no save left it: move it elsewhere'
+        )
       shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
   else:
@@ -164,6 +169,9 @@ def _prepare(folder, plan, small, mark: bytes) -> set[str]:
       shard.file for shard in plan if shards.is_written(folder, shard)
     }
   elif mark:
+    # Shards of other values may have the very headers of these.
+    for name in (shards.INDEX, *(shard.file for shard in plan)):
+      folder.remove(name)
     storage.put(folder, _MARK, mark)
   for name, data in small.items():
     storage.put(folder, name, data)

@@ -31,6 +31,8 @@ DTYPES: dict[str, np.dtype] = {
   'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
 }
 _BATCH = 2**20  # bytes
+# What JSON of another form than expected raises.
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -130,7 +132,7 @@ def _weight_map(folder: storage.Folder) -> dict[str, str]:
       isinstance(file, str) and pathlib.PurePath(file).parts == (file,)
       for file in files
     )
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except _MALFORMED as error:
     raise ValueError(
       f'{file}: not a safetensors index with a weight_map: {error!r}'
     ) from error
@@ -147,7 +149,7 @@ def _header(folder: storage.Folder, file: str) -> dict[str, Tensor]:
     header = json.loads(folder.read(file, 8, 8 + size).tobytes())
     header.pop('__metadata__', None)
     tensors = _tensors(folder, file, header, 8 + size)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except _MALFORMED as error:
     raise ValueError(
       f'{folder.file(file)}: truncated or not a safetensors file ({error}); '
       'fetch it again'
@@ -164,6 +166,8 @@ def _tensors(folder, file, header, start: int) -> dict[str, Tensor]:
   ):
     first, stop = item['data_offsets']
     dtype, shape = item['dtype'], tuple(item['shape'])
+    if not all(type(n) is int and n >= 0 for n in (first, stop, *shape)):
+      raise ValueError(f'{name} has shape {item["shape"]} at {first}:{stop}')
     tensor = Tensor(folder, file, dtype, shape, start + first, stop - first)
     if tensor.offset != end or stop < first:
       raise ValueError(f'{name} begins at byte {tensor.offset}, not {end}')

@@ -160,7 +160,8 @@ class Store:
       data_iter: iterator to move to the saved position, or None.
       step: which one; None = the newest.
       on_corrupt: 'previous' tries older ones where the newest is broken, and
-        prints a line for each one it skips; 'error' does not.
+        prints a line for each one it skips; 'error' does not, nor do several
+        processes, of which only some may find it broken.
 
     Raises:
       CheckpointError: nothing there, or it is foreign, corrupt or of another
@@ -175,6 +176,12 @@ class Store:
       try:
         return _restore(path, abstract_state, data_iter)
       except CheckpointError as error:
+        if jax.process_count() > 1:  # others may have read theirs
+          error.add_note(
+            'several processes do not go back by themselves: move '
+            f'{path} elsewhere to go on from {candidate}'
+          )
+          raise
         hosts.say(f'checkpoint skipped: {error}')
         path = self.directory / str(candidate)
     return _restore(path, abstract_state, data_iter)

@@ -8,6 +8,7 @@ checkpoint or follows from the config and the number of the step.
 import functools
 import math
 import pathlib
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -174,6 +175,8 @@ def _rewind(run: _Run, error: journal.TrainingError) -> train_state.TrainState:
   """
   run.checkpoints.wait()
   step = run.guard.rewind(error, run.checkpoints.steps())
+  # Its frames hold the newest state: two would not fit the devices.
+  traceback.clear_frames(error.__traceback__)
   abstract = train_state.abstract(run.config.model, run.mesh, run.optimizer)
   restored = run.checkpoints.restore(abstract, None, step)
   for _ in range(run.guard.skip):

@@ -88,6 +88,21 @@ class LoadErrorsTest(hf_test.FilesTest):
     file.write_bytes(file.read_bytes()[:end])
     self.check(path, 'model.safetensors: truncated or not a safetensors file')
 
+  @parameterized.parameters(
+    '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0.0, 4.0]}}',
+    '{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+    '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+    '{"a": ' + '[' * 100_000 + ']' * 100_000 + '}',
+    '[]',
+  )
+  def test_a_lying_header(self, header):
+    path = self.copy()
+    text = header.encode()
+    file = path / shards.SINGLE
+    file.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(4))
+    cfg = hf.config(hf_test.DATA / path.name)
+    self.check(path, 'truncated or not a safetensors file', cfg=cfg)
+
   def test_truncated_shard_is_named(self):
     path = self.copy('ratios_of_m2')
     file = sorted(path.glob('*.safetensors'))[1]

@@ -334,6 +334,36 @@ stream_test.ResumeTest.save(
     want = hf_test.stored(self.folder / 'at_once')
     self.assertEqual(hf_test.stored(target), want)
 
+  def test_a_folder_of_the_user_is_not_cleared_away(self):
+    own = self.folder / 'out.unfinished'
+    own.mkdir()
+    (own / 'notes.txt').write_text('mine')
+    with self.assertRaisesRegex(FileExistsError, 'no save left it'):
+      self.save(hf_test.draw(self.cfg), self.folder / 'out', resume='drawn')
+    self.assertEqual((own / 'notes.txt').read_text(), 'mine')
+
+  def test_shards_of_other_values_in_a_store_are_not_taken_over(self):
+    url = f'memory://{self.id()}/out'
+    real, room = shards.write, iter((3, 0))
+
+    def fail(number):
+      left = iter(range(number))
+
+      def write(*args):
+        if next(left, None) is None:
+          raise OSError('no more')
+        return real(*args)
+
+      return unittest.mock.patch.object(shards, 'write', write)
+
+    params = hf_test.draw(self.cfg, seed=1)
+    for values, name in ((hf_test.draw(self.cfg), 'drawn'), (params, 'others')):
+      with fail(next(room)), self.assertRaisesRegex(OSError, 'no more'):
+        self.save(values, url, resume=name)
+    self.save(params, url, resume='others')
+    self.save(params, self.folder / 'disk')
+    self.assertEqual(hf_test.stored(url), hf_test.stored(self.folder / 'disk'))
+
   def test_an_object_store_keeps_finished_shards_too(self):
     url = f'memory://{self.id()}/out'
     params = hf_test.draw(self.cfg)

@@ -1,6 +1,7 @@
 """A run learns, resumes to the bit after a kill, and stops on bad numbers."""
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -73,6 +74,11 @@ def senseless(batch):
   return batch | {'targets': shuffled.reshape(batch['targets'].shape)}
 
 
+def live_bytes() -> int:
+  gc.collect()
+  return sum(x.nbytes for x in jax.live_arrays())
+
+
 def content(batch) -> int:
   return zlib.crc32(batch['tokens'].tobytes())
 
@@ -86,6 +92,7 @@ class LoopTest(parameterized.TestCase):
     cls.first = pathlib.Path(folder.name) / 'a run'
     cls.first.mkdir()
     cls.state = jax.device_get(run_loop(cls.first))
+    cls.outside = live_bytes()  # of other tests
 
   def workdir(self) -> pathlib.Path:
     return pathlib.Path(self.create_tempdir().full_path)
@@ -151,9 +158,25 @@ class LoopTest(parameterized.TestCase):
 
   @parameterized.parameters('not_finite', 'senseless')
   def test_a_bad_batch_is_rewound_and_left_out(self, change):
-    workdir = self.workdir()
-    with on_batch(30, globals()[change]):
+    workdir, held = self.workdir(), []
+    restore = store.Store.restore
+
+    def restored(*args):
+      held.append(live_bytes())
+      found = restore(*args)
+      held.append(live_bytes())
+      return found
+
+    with (
+      on_batch(30, globals()[change]),
+      mock.patch.object(store.Store, 'restore', restored),
+    ):
       run_loop(workdir, 'guard.policy=rewind', *SPIKES)
+    size = sum(x.nbytes for x in jax.tree.leaves(self.state))
+    # The state is gone before it is read again: two may not fit the devices.
+    before, after = held
+    self.assertGreater(after - before, size / 2)
+    self.assertLess(before - self.outside, size / 2)
     rows = lines(workdir)
     self.assertEqual([row['step'] for row in rows], list(range(1, STEPS + 1)))
     rewinds = [row['guard/rewinds'] for row in rows]
