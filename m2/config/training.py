@@ -29,7 +29,7 @@ class ModelConfig(base.Settings):
   fp8_experts: bool = False  # hold the experts in block-FP8: no training
   remat: str = 'block'  # none | block | full: see m2/model/transformer.py
   expert_strategy: str = 'auto'  # gather | ragged | exchange | auto
-  expert_chunks: int = 0  # slices of tokens whose exchange overlaps; 0 = auto
+  expert_chunks: int = 0  # most slices of tokens that overlap; 0 = auto
 
   def _check(self) -> None:
     base.positive(self, 'vocab d_model layers heads kv_heads head_dim experts')

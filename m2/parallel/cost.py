@@ -261,6 +261,17 @@ def seconds(
   return total, talked
 
 
+def slices(tokens: int, most: int) -> tuple[int, ...]:
+  """Numbers of equal slices to choose from, given `model.expert_chunks`.
+
+  One setting serves training, its looks at a few rows, and generation: where it
+  does not divide the tokens of a device, the next lower number that does.
+  """
+  if not most:
+    return CHUNKS
+  return (max(c for c in range(1, most + 1) if tokens % c == 0),)
+
+
 def choose(
   layer: Layer,
   kind: str,

@@ -49,15 +49,16 @@ def expert_parallel(
     wo_EFD: down projections (w2).
     strategy: how tokens reach their experts, auto or one of
       `cost.STRATEGIES`; one that is named never falls back to another.
-    chunks: equal slices of a device's tokens whose communication and products
-      overlap; 0 leaves it to the cost model.
+    chunks: most equal slices of a device's tokens, whose communication and
+      products overlap: the largest number up to it that divides the tokens; 0
+      leaves it to the cost model.
     impl: kernel backend.
 
   Returns:
     y_BTD in the dtype of `x_BTD`, sharded like it.
 
   Raises:
-    ValueError: an unknown strategy; chunks that do not divide the tokens.
+    ValueError: an unknown strategy; negative chunks.
     NotImplementedError: `ragged` on a platform whose XLA does not have it.
   """
   if strategy != 'auto' and strategy not in cost.STRATEGIES:
@@ -128,16 +129,13 @@ def _choose(strategy: str, chunks: int, layer: cost.Layer) -> tuple[str, int]:
       "strategy='ragged' needs ragged_all_to_all, which XLA does not have on "
       "CPUs; use 'exchange', which sends the same rows, or 'auto'"
     )
-  if chunks < 0 or (chunks and layer.tokens % chunks):
-    raise ValueError(
-      f'{chunks=} does not divide the {layer.tokens} tokens of a device; use '
-      'one that does, or 0 to leave it open'
-    )
+  if chunks < 0:
+    raise ValueError(f'{chunks=} must not be negative; 0 leaves it open')
   choice = cost.choose(
     layer,
     kind,
     strategies=cost.STRATEGIES if strategy == 'auto' else (strategy,),
-    chunks=(chunks,) if chunks else cost.CHUNKS,
+    chunks=cost.slices(layer.tokens, chunks),
   )
   _announce(layer, kind, choice)
   return choice.strategy, choice.chunks

@@ -282,7 +282,7 @@ def strategy(work: Work) -> tuple[str, int]:
     layer(work),
     work.kind,
     strategies=cost.STRATEGIES if named == 'auto' else (named,),
-    chunks=(cfg.expert_chunks,) if cfg.expert_chunks else cost.CHUNKS,
+    chunks=cost.slices(layer(work).tokens, cfg.expert_chunks),
   )
   return choice.strategy, choice.chunks
 

@@ -146,7 +146,8 @@ class Watchdog:
   def __exit__(self, _, error: BaseException | None, __) -> None:
     """Ends the thread; an error is told where it came."""
     if isinstance(error, Exception):
-      error.add_note(f'on {self._beat.host}, at {self._beat}')
+      where = f', at {self._beat}' if self._beat.step > 0 else ''
+      error.add_note(f'on {self._beat.host}{where}')
     self._done.set()
     self._thread.join(self._period)
 

@@ -38,8 +38,13 @@ class ChoiceTest(parameterized.TestCase):
   def test_unknown_strategy_and_chunks_are_named(self):
     with self.assertRaisesRegex(ValueError, 'raged.*auto, gather'):
       self.traced(strategy='raged')
-    with self.assertRaisesRegex(ValueError, 'chunks=3 does not divide the 16'):
-      self.traced(strategy='gather', chunks=3)
+    with self.assertRaisesRegex(ValueError, 'chunks=-1 must not be negative'):
+      self.traced(strategy='gather', chunks=-1)
+
+  def test_chunks_divide_the_tokens(self):
+    self.assertEqual(cost.slices(16, 3), (2,))
+    self.assertEqual(cost.slices(5, 4), (1,))
+    self.assertEqual(cost.slices(16, 0), cost.CHUNKS)
 
   def test_the_choice_is_printed_once_with_its_reason(self):
     experts._announce.cache_clear()
