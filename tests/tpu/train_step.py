@@ -91,7 +91,7 @@ def main(topology: str, sizes: dict[str, int]) -> None:
         'alias_bytes': memory.alias_size_in_bytes,
         'peak_bytes': memory.peak_memory_in_bytes,
         'collectives': {
-          name: len(re.findall(rf'= \S+ {name}(?:-start)?\(', text))
+          name: len(re.findall(rf' {name}(?:-start)?\(', text))
           for name in COLLECTIVES
         },
       }
