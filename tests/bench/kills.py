@@ -104,7 +104,7 @@ def kill_once(
     else:
       # A save is committed when the next one begins: most attempts get on.
       more = rng.randint(1, 6 * EVERY)
-      run.wait_for(lambda: taken(workdir, attempt) >= more, 0.002)
+      run.wait_for(lambda: run.taken() >= more, 0.002)
     if moment == 'save':
       run.wait_for(lambda: is_saving(workdir), 0.0005)
       time.sleep(rng.uniform(0, 0.05))
@@ -126,13 +126,6 @@ def kill_once(
   }
 
 
-def taken(workdir: pathlib.Path, attempt: int) -> int:
-  """Steps that an attempt has begun itself."""
-  path = workdir / 'ledger' / '0.jsonl'
-  text = path.read_text() if path.exists() else ''
-  return text.count(f'"attempt": "{attempt}"')
-
-
 def finish(
   cfg: settings.RunConfig,
   workdir: pathlib.Path,
@@ -142,7 +135,7 @@ def finish(
 ) -> None:
   """Runs until `steps` are written, then asks the run to stop."""
   with start(cfg, workdir, layout, attempt) as run:
-    run.wait_for(lambda: taken(workdir, attempt) and run.steps() >= steps)
+    run.wait_for(lambda: run.taken() and run.steps() >= steps)
     run.send(signal.SIGTERM, 0)
     codes = run.codes()
     if codes != [143] * layout.processes:

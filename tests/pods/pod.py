@@ -67,7 +67,7 @@ class Pod:
       devices: of all processes together.
       attempt: number that logs and ledger carry.
     """
-    self.workdir = workdir
+    self.workdir, self._attempt = workdir, attempt
     workdir.mkdir(parents=True, exist_ok=True)
     kept = workdir / 'given.json'
     kept.write_text(settings.to_config(cfg).to_json())
@@ -148,8 +148,14 @@ class Pod:
         raise AssertionError(f'ended={ended}, waited in vain:\n{logs}')
       time.sleep(every)
 
+  def taken(self) -> int:
+    """Steps that this attempt has begun itself."""
+    path = self.workdir / 'ledger' / '0.jsonl'
+    text = path.read_text() if path.exists() else ''
+    return text.count(f'"attempt": "{self._attempt}"')
+
   def steps(self) -> int:
-    """Steps in `metrics.jsonl`."""
+    """Steps in `metrics.jsonl`, those of earlier attempts included."""
     path = self.workdir / 'metrics.jsonl'
     return path.read_bytes().count(b'\n') if path.exists() else 0
 
