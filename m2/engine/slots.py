@@ -253,9 +253,8 @@ def _run_prompts(cfg, chunk, want_experts, params, rows, admission):
     picked_RD = jnp.where(last_RC[..., None], output.hidden_BTD, 0).sum(1)
     hidden_RD = hidden_RD + picked_RD.astype(hidden_RD.dtype)
     if want_experts:
-      experts = jax.lax.dynamic_update_slice_in_dim(
-        experts, output.experts_LBTX, at * chunk, 2
-      )
+      new = sharding.place(output.experts_LBTX, None, 'batch', None, None)
+      experts = jax.lax.dynamic_update_slice_in_dim(experts, new, at * chunk, 2)
     return output.cache, hidden_RD, experts
 
   turns = -(-size_R.max() // chunk)

@@ -21,7 +21,8 @@ CLOSE = 0.02
 SMALL = (
   'model.vocab=2048 model.d_model=512 model.layers=2 model.heads=8 '
   'model.kv_heads=4 model.experts=16 model.d_expert=256 model.top_k=4 '
-  'model.min_k=4 data.batch=16 data.length=512 plan.rollout_expert=4 '
+  'model.min_k=4 data.batch=16 data.shards=1 data.length=512 '
+  'plan.rollout_expert=4 '
   'engine.slots=64 engine.length=512 forge.lines=4 forge.row_tokens=512 '
   'model.expert_strategy=gather model.expert_chunks=1'
 )
@@ -55,7 +56,7 @@ class PlanTest(parameterized.TestCase):
     (row,) = self.plan(
       'configs/m2.py',
       'plan.topology=v5p:4x4x4 plan.programs=train mesh.fsdp=16 mesh.expert=4 '
-      'data.batch=64 data.length=8192',
+      'data.batch=64 data.shards=64 data.length=8192',
     )
     self.assertTrue(row['fits'])
     held = row['hbm']
