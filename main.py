@@ -62,7 +62,8 @@ def main(_) -> None:
     ours = type(error).__module__.startswith('m2.')
     if not ours and not isinstance(error, ValueError | OSError):
       traceback.print_exc()  # a bug, not a message to the user
-    where = ''.join(f'{note}; ' for note in getattr(error, '__notes__', ()))
+    notes = getattr(error, '__notes__', ())  # longer ones are Grain's, not ours
+    where = ''.join(f'{note}; ' for note in notes if '\n' not in note)
     code = 2 if isinstance(error, ValueError) else 1
     stop(f'{error} ({where}details: {details})', code)
   if rank == 0 and (unread := settings.unread(config)):
@@ -123,7 +124,7 @@ def stop(reason: object, code: int) -> None:
   """Ends the process with one line on standard error; tells other hosts."""
   print(f'error: {reason}', file=sys.stderr)
   if hosts := sys.modules.get('m2.parallel.hosts'):
-    hosts.leave(str(reason), code)
+    hosts.leave(str(reason), code)  # ends the process, if there are others
   sys.exit(code)
 
 
