@@ -65,7 +65,7 @@ def main(_) -> None:
     if not ours and not refused and not isinstance(error, OSError):
       traceback.print_exc()  # a bug, not a message to the user
     notes = getattr(error, '__notes__', ())
-    # Those of jax have several lines, on frames that it hides.
+    # Those of jax and Grain have several lines, on frames that they hide.
     where = ''.join(f'{note}; ' for note in notes if '\n' not in note)
     code = 2 if refused else 1
     stop(f'{error} ({where}details: {details})', code)
@@ -127,7 +127,7 @@ def stop(reason: object, code: int) -> None:
   """Ends the process with one line on standard error; tells other hosts."""
   print(f'error: {reason}', file=sys.stderr)
   if hosts := sys.modules.get('m2.parallel.hosts'):
-    hosts.leave(str(reason), code)
+    hosts.leave(str(reason), code)  # ends the process, if there are others
   sys.exit(code)
 
 

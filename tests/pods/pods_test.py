@@ -127,7 +127,7 @@ class PodTest(parameterized.TestCase):
       for index in range(2):
         self.assertRegex(
           run.log(index),
-          r'documents.jsonl:102: tokens must .*\(on host 1 of 2 \(\S+\), at ',
+          r'jsonl line 102: tokens must .* \(on host 1 of 2 \(\S+\), at step 1',
         )
     self.assertEmpty(pod.saved(self.folder / 'run'))
 
