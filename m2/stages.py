@@ -186,7 +186,7 @@ def collect(
   """`results.json`; the module docstring states its layout."""
   skills = sealed.skills(config)
   adopted = (workdir / 'evolve' / round['adopted']).resolve()
-  trials = [trial.load(path.parent) for path in workdir.rglob('done.json')]
+  trials = [trial.load(path.parent) for path in workdir.rglob('stage.json')]
   settings = json.loads(m2_config.to_config(config).to_json())
   return {
     'mode': config.mode,

@@ -74,6 +74,9 @@ def run_here(config, workdir) -> dict:
   def act(folder, label, main, lock):
     settings = json.loads((folder / 'stage.json').read_text())
     fake_main.act(settings, folder)
+    for step in folder.glob('checkpoints/*'):  # as iterators leave there
+      (step / 'data').mkdir(exist_ok=True)
+      (step / 'data' / 'done.json').write_text('[]')
     return 1.0, 2**20
 
   with (
