@@ -105,6 +105,11 @@ class RunConfig(base.Settings):
         f'data.batch={self.data.batch} is not a multiple of '
         f'optim.accumulate={self.optim.accumulate}'
       )
+    if self.mesh and self.engine and self.mesh.context != 1:
+      errors.append(
+        f'mesh.context={self.mesh.context}: mode {self.mode!r} generates, with '
+        'whole rows in the key-value cache; set mesh.context=1'
+      )
     if self.loss and self.loss.mtp > 0 and self.model.mtp_modules == 0:
       errors.append(
         f'loss.mtp={self.loss.mtp} needs model.mtp_modules >= 1; it is 0'

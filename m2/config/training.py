@@ -76,13 +76,21 @@ class MeshConfig(base.Settings):
   fsdp: int = 1
   expert: int = 1
   tensor: int = 1
+  context: int = 1  # ways that each row of tokens is cut along its length
+  slices: int = 1  # TPU slices that the data axis spans
 
   def _check(self) -> None:
-    sizes = (self.data, self.fsdp, self.expert, self.tensor)
+    sizes = (self.data, self.fsdp, self.expert, self.context, self.tensor)
     base.require(
       all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
-      f'mesh axes (data, fsdp, expert, tensor)={sizes}: each must be positive, '
-      'at most one may be -1',
+      f'mesh axes (data, fsdp, expert, context, tensor)={sizes}: each must be '
+      'positive, at most one may be -1',
+    )
+    base.positive(self, 'slices')
+    base.require(
+      self.data == -1 or self.data % self.slices == 0,
+      f'mesh.data={self.data} is not a multiple of mesh.slices={self.slices}: '
+      'each slice holds the same number of blocks of the data axis',
     )
 
 

@@ -29,6 +29,7 @@ from m2.data import tokenizer as tokenizers
 
 # Mesh axes that the rows of a batch are spread over.
 ROW_AXES = ('data', 'fsdp', 'expert')
+TOKEN_AXIS = 'context'  # and the tokens of each row
 # Tokens packed together: enough documents to fill rows well, few enough to be
 # read again in well under a second when a run resumes.
 _WINDOW_TOKENS = 1 << 16
@@ -302,14 +303,14 @@ def local_rows(mesh: Mesh, batch: int) -> list[int]:
 def to_device(
   batch: Mapping[str, np.ndarray], mesh: Mesh, size: int
 ) -> dict[str, jax.Array]:
-  """Puts rows on this host's devices: rows over data, fsdp and expert.
+  """Puts rows on this host's devices, their tokens over the context axis.
 
   Args:
     batch: the rows that `local_rows(mesh, size)` lists.
     mesh: the device mesh.
     size: rows of the batch over all hosts.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, None))
+  sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, TOKEN_AXIS))
   places = {row: at for at, row in enumerate(local_rows(mesh, size))}
 
   def block(value, index):

@@ -15,7 +15,7 @@ from m2 import config
 from m2.forge import cispo
 from m2.forge import tree as tree_lib
 from m2.model import logprob, transformer
-from m2.parallel import sharding
+from m2.parallel import context, sharding
 from m2.train import introspect, optim
 from m2.train import state as train_state
 from m2.train import step as train_step
@@ -63,11 +63,13 @@ def score(
 def _at_parents(hidden_BTD: jax.Array, parent_BT: jax.Array) -> jax.Array:
   """The hidden state of each token's parent; rows stay where they are."""
   rows, lines = (
-    sharding.spec('batch', None, None),
-    sharding.spec('batch', None),
+    sharding.spec('batch', 'sequence', None),
+    sharding.spec('batch', 'sequence'),
   )
 
   def local(hidden_BTD, parent_BT):
+    # all-gather over 'context': a parent may be anywhere before in the line.
+    hidden_BTD = context.whole(hidden_BTD)
     return jnp.take_along_axis(hidden_BTD, parent_BT[..., None], axis=1)
 
   return sharding.manual(local, (rows, lines), rows)(hidden_BTD, parent_BT)
@@ -250,10 +252,12 @@ def _part(
     part = jax.lax.dynamic_slice_in_dim(x, first, size, axis)
     return sharding.place(part, *axes)
 
-  lines = {name: cut(getattr(tree, name), 0, 'batch', None) for name in LINES}
+  lines = {
+    name: cut(getattr(tree, name), 0, 'batch', 'sequence') for name in LINES
+  }
   routes = tree.experts_LBTX
   if routes is not None:
-    routes = cut(routes, 1, None, 'batch', None, None)
+    routes = cut(routes, 1, None, 'batch', 'sequence', None)
   tokens = tree.tokens_BT.shape[1]
   edge_Z = tree.edge_Z - first * tokens
   inside_Z = (edge_Z >= 0) & (edge_Z < size * tokens)

@@ -1,23 +1,26 @@
 """Grouped-query attention with whole-vector QK-norm and partial RoPE."""
 
-import itertools
+import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels
 from m2 import config
 from m2.model import cache as kv
 from m2.model import norm
-from m2.parallel import sharding
+from m2.parallel import context, sharding
 from pallas_kernels.attention import ref
 
-HEADS = ('batch', None, 'heads', None)
-KV_HEADS = ('batch', None, 'kv_heads', None)
-HIDDEN = ('batch', None, None)
+HEADS = ('batch', 'sequence', 'heads', None)
+KV_HEADS = ('batch', 'sequence', 'kv_heads', None)
+HIDDEN = ('batch', 'sequence', None)
+# Keys and values of whole rows, as a cache has them.
+CACHED = ('batch', None, 'kv_heads', None)
+# Scores of a row and head that introspection holds at once.
+SCORES = 2**20
 
 
 class Attention(nn.Module):
@@ -136,7 +139,6 @@ def attend(
     until_BT = cache.until_BS
   scale = cfg.head_dim**-0.5
   o_BTNH = _local_attention(q_BTNH, k_BTKH, v_BTKH, until_BT, offset_B, scale)
-  o_BTNH = checkpoint_name(o_BTNH, 'attn_out')
   o_NHD = sharding.place(weights['o'].astype(x_BTD.dtype), 'heads', None, None)
   # all-reduce over 'tensor': B * T * D.
   y_BTD = sharding.einsum('btnh,nhd->btd', o_BTNH, o_NHD, out=HIDDEN)
@@ -147,32 +149,45 @@ def attend(
 
 
 def _local_attention(q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B, scale):
-  """Attention on each device's own rows and heads."""
-  heads, kv_heads = sharding.spec(*HEADS), sharding.spec(*KV_HEADS)
-  rows = sharding.spec('batch', None)
-  specs = (heads, kv_heads, kv_heads, rows, sharding.spec('batch'))
-  operands = (q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B)
-  present = [x is not None for x in operands]
+  """Attention on each device's own rows, heads and part of the tokens."""
+  if offset_B is None:
+    specs = (HEADS, KV_HEADS, KV_HEADS, ('batch', 'sequence'))
+    operands = (q_BTNH, k_BSKH, v_BSKH, until_BS)
+    function = functools.partial(context.attention, scale=scale)
+  else:
+    specs = (HEADS, CACHED, CACHED, ('batch', None), ('batch',))
+    operands = (q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B)
 
-  def local(q, k, v, until, offset_B=None):
-    return pallas_kernels.attention(
-      q, k, v, until, offset_B=offset_B, scale=scale
-    )
+    def function(q_BTNH, k_BSKH, v_BSKH, until_BS, offset_B):
+      query_BT = offset_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
+      return pallas_kernels.attention(
+        q_BTNH, k_BSKH, v_BSKH, until_BS, query_BT=query_BT, scale=scale
+      )
 
-  run = sharding.manual(local, list(itertools.compress(specs, present)), heads)
-  return run(*itertools.compress(operands, present))
+  run = sharding.manual(
+    function, [sharding.spec(*axes) for axes in specs], sharding.spec(*HEADS)
+  )
+  return run(*operands)
 
 
 def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
   """Largest score and mean entropy of each head, over visible keys.
 
-  Holds all scores at once: for introspection of small batches.
+  Holds `SCORES` scores of each row and head at a time: for introspection of a
+  few rows.
   """
   if offset_B is None:
-    offset_B = jnp.zeros_like(until_BS[:, 0])
-  axes = sharding.RULES['batch']
+    specs = (HEADS, KV_HEADS, ('batch', 'sequence'))
+    operands = (q_BTNH, k_BSKH, until_BS)
+  else:
+    specs = (HEADS, CACHED, ('batch', None), ('batch',))
+    operands = (q_BTNH, k_BSKH, until_BS, offset_B)
+  axes = (*sharding.RULES['batch'], context.AXIS)
 
-  def local(q, k, until, offset):
+  def local(q, k, until, offset=None):
+    if offset is None:
+      k, until = context.whole(k), context.whole(until)
+      offset = jnp.full(len(q), context.first(q.shape[1]))
     largest_N, entropy_N, count = _score_sums(q, k, until, offset, scale)
     if sharding.axis_sizes():
       # The maximum has no derivative across devices; nobody needs one.
@@ -183,22 +198,38 @@ def score_stats(q_BTNH, k_BSKH, until_BS, offset_B, scale):
 
   heads = sharding.spec('heads')
   run = sharding.manual(
-    local,
-    (
-      sharding.spec(*HEADS),
-      sharding.spec(*KV_HEADS),
-      sharding.spec('batch', None),
-      sharding.spec('batch'),
-    ),
-    (heads, heads),
+    local, [sharding.spec(*axes) for axes in specs], (heads, heads)
   )
-  largest_N, entropy_N = run(q_BTNH, k_BSKH, until_BS, offset_B)
+  largest_N, entropy_N = run(*operands)
   return {'attn_max_logit_N': largest_N, 'attn_entropy_N': entropy_N}
 
 
 def _score_sums(q_BTNH, k_BSKH, until_BS, offset_B, scale):
   """Largest score and summed entropy of each head, and queries that see."""
-  query_BT = offset_B[:, None] + jnp.arange(q_BTNH.shape[1])[None]
+  batch, queries, heads, width = q_BTNH.shape
+  size = max(1, min(queries, SCORES // until_BS.shape[1]))
+  count = -(-queries // size)
+  pad = count * size - queries
+  query_BT = offset_B[:, None] + jnp.arange(queries)[None]
+  # Padded queries are before all keys: they see none and do not count.
+  query_BT = jnp.pad(query_BT, ((0, 0), (0, pad)), constant_values=-1)
+  q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
+
+  def one(xs):
+    return _sums_of(*xs, k_BSKH, until_BS, scale)
+
+  largest_CN, entropy_CN, seen_C = jax.lax.map(
+    one,
+    (
+      q_BTNH.reshape(batch, count, size, heads, width).swapaxes(0, 1),
+      query_BT.reshape(batch, count, size).swapaxes(0, 1),
+    ),
+  )
+  return largest_CN.max(0), entropy_CN.sum(0), seen_C.sum()
+
+
+def _sums_of(q_BTNH, query_BT, k_BSKH, until_BS, scale):
+  """`_score_sums` of a few queries, all their scores at once."""
   s_BKGTS = ref.scores(q_BTNH, k_BSKH, until_BS, query_BT, scale)
   seen_BKGT = jnp.isfinite(s_BKGTS).any(-1)
   safe_BKGTS = jnp.where(seen_BKGT[..., None], s_BKGTS, 0)

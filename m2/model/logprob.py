@@ -27,12 +27,12 @@ def from_hidden(
   Returns:
     log-probability, entropy (nats) and log-partition, each float32[B, T].
   """
-  rows = sharding.spec('batch', None)
+  rows = sharding.spec('batch', 'sequence')
   run = sharding.manual(
     lambda head, hidden, target: _local(head, hidden, target, chunk),
     (
       sharding.spec(None, 'ffn'),
-      sharding.spec('batch', None, None),
+      sharding.spec('batch', 'sequence', None),
       rows,
     ),
     (rows, rows, rows),

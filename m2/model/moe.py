@@ -11,7 +11,7 @@ import pallas_kernels
 from m2 import config
 from m2.parallel import experts, sharding
 
-TOKENS = ('batch', None, None)
+TOKENS = ('batch', 'sequence', None)
 
 
 class Moe(nn.Module):

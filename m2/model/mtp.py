@@ -7,6 +7,7 @@ The block type and the order of the two halves are not published for M2: the
 modules here are whole M2 layers, hidden state first.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from flax import linen as nn
 
 from m2 import config
 from m2.model import attention, logprob, moe, norm, transformer
-from m2.parallel import sharding
+from m2.parallel import context, sharding
 
 
 class Module(nn.Module):
@@ -104,9 +105,15 @@ def shifted(batch: Mapping[str, jax.Array], modules: int) -> dict:
   for ahead in range(1, modules + 1):
     inside_BT = index_BT + ahead < batch['until']
     for name, out in rows.items():
-      x_BT = jnp.pad(batch[name][:, ahead:], ((0, 0), (0, ahead)))
-      out.append(jnp.where(inside_BT, x_BT, 0))
+      out.append(jnp.where(inside_BT, _ahead(batch[name], ahead), 0))
   return {f'{name}_JBT': jnp.stack(out) for name, out in rows.items()}
+
+
+def _ahead(x_BT: jax.Array, count: int) -> jax.Array:
+  """The value `count` tokens later in the row; zeros at its end."""
+  rows = sharding.spec('batch', 'sequence')
+  local = functools.partial(context.ahead, count=count)
+  return sharding.manual(local, (rows,), rows)(x_BT)
 
 
 def loss(

@@ -18,9 +18,9 @@ from flax import linen as nn
 from m2 import config
 from m2.model import attention, moe, norm
 from m2.model import cache as kv
-from m2.parallel import sharding
+from m2.parallel import context, sharding
 
-HIDDEN = ('batch', None, None)
+HIDDEN = ('batch', 'sequence', None)
 
 
 @flax.struct.dataclass
@@ -175,6 +175,11 @@ def _prepare(cache, until_BT, count_BT):
   if count_BT is None:
     count_BT = (until_BT > 0).astype(jnp.float32)
   if cache is not None:
+    if context.ways() > 1:
+      raise ValueError(
+        f'mesh.context={context.ways()}: a key-value cache holds whole rows; '
+        'generate on a mesh with context=1'
+      )
     until_BS = kv.write(cache.until_BS, until_BT, cache.filled_B)
     cache = cache.replace(until_BS=until_BS)
   return cache, count_BT
@@ -206,6 +211,9 @@ def forward(
     count_BT: float32, weight of each token in load statistics; None counts
       every token that is not padding once.
     want_stats: fill `Output.stats`.
+
+  Raises:
+    ValueError: a cache on a mesh that cuts rows (`mesh.context` above 1).
   """
   return M2(cfg, want_stats).apply(
     {'params': params},

@@ -30,7 +30,7 @@ def expert_parallel(
   """Sum over each token's experts of weight * SwiGLU expert.
 
   Args:
-    x_BTD: tokens, rows split over the batch axes.
+    x_BTD: tokens, split over the batch axes and `context`.
     routing: chosen experts and weights of each token, both [B, T, X].
     wi_0_EDF: gate projections (w1 of the public checkpoint).
     wi_1_EDF: up projections (w3).
@@ -46,7 +46,7 @@ def expert_parallel(
   """
   if strategy not in STRATEGIES:
     raise ValueError(f'{strategy=}: choose one of {", ".join(STRATEGIES)}')
-  rows = sharding.spec('batch', None, None)
+  rows = sharding.spec('batch', 'sequence', None)
 
   def local(x_BTD, index_BTX, weight_BTX, *weights):
     x_MD, index_MX, weight_MX = (

@@ -35,12 +35,14 @@ AXES: dict[str, tuple[str | None, ...]] = {
   'proj': ('layer', 'embed', None),
 }
 
-# Logical axis -> mesh axes. Weights are stored split over `fsdp` and gathered
-# before use; rows of the batch are split over every axis but `tensor`.
+# Logical axis -> mesh axes. Weights are stored split over `fsdp` and `context`
+# and gathered before use. Rows of the batch are split over the axes of `batch`,
+# the tokens of each row over `context`; `tensor` sees the same tokens.
 RULES: dict[str, str | tuple[str, ...]] = {
   'batch': ('data', 'fsdp', 'expert'),
+  'sequence': 'context',
   'vocab': ('expert', 'tensor'),
-  'embed': 'fsdp',
+  'embed': ('fsdp', 'context'),
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'ffn': 'tensor',
@@ -163,5 +165,5 @@ def _check_partition(name, shape, partition, mesh, errors) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over every axis but `tensor`."""
-  return NamedSharding(mesh, spec('batch'))
+  """Arrays [B, T, ...]: rows over the batch axes, tokens over `context`."""
+  return NamedSharding(mesh, spec('batch', 'sequence'))

@@ -17,7 +17,7 @@ import optax
 from m2 import config as settings
 from m2.checkpoint import store
 from m2.data import pipeline, sources
-from m2.parallel import hosts, sharding
+from m2.parallel import context, hosts, sharding
 from m2.parallel import mesh as meshes
 from m2.train import guard as guards
 from m2.train import journal, optim, resume, signals, watchdog
@@ -113,6 +113,7 @@ def _check(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
       f'data.length={data.length} exceeds model.max_positions={reach}'
     )
+  context.check(data.length, mesh.shape[context.AXIS])
   axes, parts = sharding.RULES['batch'], config.optim.accumulate
   shards = math.prod(mesh.shape[axis] for axis in axes)
   if data.batch % (shards * parts):

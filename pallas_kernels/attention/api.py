@@ -15,7 +15,7 @@ def attention(
   v_BSKH: Float[Array, 'B S K H'],
   until_BS: Int[Array, 'B S'],
   *,
-  offset_B: Int[Array, 'B'] | None = None,
+  query_BT: Int[Array, 'B T'] | None = None,
   scale: float,
   impl: dispatch.Impl | None = None,
 ) -> Float[Array, 'B T N H']:
@@ -25,12 +25,12 @@ def attention(
   depth-first order are all values of `until`. Scores and softmax are float32.
 
   Args:
-    q_BTNH: queries; query t of row b has index offset_B[b] + t.
+    q_BTNH: queries.
     k_BSKH: keys, index = position in the row; query head n uses key head
       n // (N / K).
     v_BSKH: values.
     until_BS: first index that can no longer see each key.
-    offset_B: index of the first query; None = 0.
+    query_BT: index of each query in the row of keys; None = 0, 1, ...
     scale: multiplies the scores.
     impl: backend; None picks the best for this platform.
 
@@ -42,10 +42,9 @@ def attention(
     raise ValueError(
       f'{heads} query heads are not a multiple of {k_BSKH.shape[2]} key heads'
     )
-  query_BT = jnp.arange(queries)[None, :]
-  if offset_B is not None:
-    query_BT = query_BT + offset_B[:, None]
-  query_BT = jnp.broadcast_to(query_BT, q_BTNH.shape[:2])
+  causal = query_BT is None
+  if causal:
+    query_BT = jnp.broadcast_to(jnp.arange(queries)[None], q_BTNH.shape[:2])
   run = dispatch.pick('attention', impl, BACKENDS)
   return run(
     q_BTNH,
@@ -54,5 +53,5 @@ def attention(
     until_BS,
     query_BT,
     scale=scale,
-    causal=offset_B is None,
+    causal=causal,
   )

@@ -1,16 +1,20 @@
-"""Attention in plain XLA, a block of queries at a time.
+"""Attention in plain XLA: short rows at once, long rows block by block.
 
-Scores of a block stay in cache, and keys after the block's last query are
-skipped where the layout says so; on a CPU both together are worth 8 times.
+Scores of a short row's block of queries stay in cache, and keys after the
+block's last query are skipped where the layout says so; on a CPU both together
+are worth 8 times.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.attention import blocks
 
 SMALL_BLOCK = 64  # queries per block of a short row
-UNROLLED = 4096  # longest row whose blocks are unrolled, at most 64 of them
-LARGE_BLOCK = 512  # queries per block of a longer row
-HIDDEN = -1e30  # score of a key that a query does not see
+UNROLLED = 1024  # longest row whose blocks are unrolled
+# What rematerialisation policies call the output.
+NAME = 'attn_out'
 
 
 def attention(
@@ -35,25 +39,29 @@ def attention(
     causal: query t has index t, so later keys can be skipped.
   """
   batch, queries, heads, width = q_BTNH.shape
-  kv_heads = k_BSKH.shape[2]
+  keys, kv_heads = k_BSKH.shape[1:3]
   shape = (batch, queries, kv_heads, heads // kv_heads, width)
   q_BKGTH = (q_BTNH * scale).reshape(shape).transpose(0, 2, 3, 1, 4)
-  k_BKHS = k_BSKH.transpose(0, 2, 3, 1)
   v_BKSH = v_BSKH.transpose(0, 2, 1, 3)
-  if queries <= UNROLLED:
+  if queries <= UNROLLED and queries * keys <= UNROLLED**2:
+    k_BKHS = k_BSKH.transpose(0, 2, 3, 1)
     o_BKGTH = _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal)
+    o_BKGTH = checkpoint_name(o_BKGTH, NAME)
   else:
-    o_BKGTH = _mapped(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT)
+    k_BKSH = k_BSKH.transpose(0, 2, 1, 3)
+    o_BKGTH = blocks.attention(
+      q_BKGTH, k_BKSH, v_BKSH, until_BS, query_BT, NAME
+    )
   return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 def _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal):
   queries = q_BKGTH.shape[3]
-  blocks = []
+  outputs = []
   for start in range(0, queries, SMALL_BLOCK):
     stop = min(start + SMALL_BLOCK, queries)
     keys = stop if causal else k_BKHS.shape[3]
-    blocks.append(
+    outputs.append(
       _block(
         q_BKGTH[:, :, :, start:stop],
         k_BKHS[..., :keys],
@@ -62,31 +70,7 @@ def _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal):
         query_BT[:, start:stop],
       )
     )
-  return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
-
-
-def _mapped(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT):
-  """Long rows: a loop of blocks, recomputed in the backward pass."""
-  queries = q_BKGTH.shape[3]
-  count = -(-queries // LARGE_BLOCK)
-  pad = count * LARGE_BLOCK - queries
-  q_BKGTH = jnp.pad(q_BKGTH, ((0, 0),) * 3 + ((0, pad), (0, 0)))
-  query_BT = jnp.pad(query_BT, ((0, 0), (0, pad)))
-  shape = (*q_BKGTH.shape[:3], count, LARGE_BLOCK, q_BKGTH.shape[4])
-
-  @jax.checkpoint
-  def one(xs):
-    return _block(xs[0], k_BKHS, v_BKSH, until_BS, xs[1])
-
-  o_CBKGTH = jax.lax.map(
-    one,
-    (
-      jnp.moveaxis(q_BKGTH.reshape(shape), 3, 0),
-      jnp.moveaxis(query_BT.reshape(-1, count, LARGE_BLOCK), 1, 0),
-    ),
-  )
-  o_BKGTH = jnp.moveaxis(o_CBKGTH, 0, 3).reshape(q_BKGTH.shape)
-  return o_BKGTH[:, :, :, :queries]
+  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
 
 
 def _block(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT):
@@ -97,9 +81,9 @@ def _block(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT):
   key_11S = jnp.arange(until_BS.shape[1])[None, None]
   query_BT1 = query_BT[:, :, None]
   seen_BTS = (key_11S <= query_BT1) & (query_BT1 < until_BS[:, None])
-  s_BKGTS += jnp.where(seen_BTS, 0.0, HIDDEN)[:, None, None]
+  s_BKGTS += jnp.where(seen_BTS, 0.0, blocks.HIDDEN)[:, None, None]
   # Above HIDDEN, so that a query that sees no key (padding) gets zeros.
-  top_BKGT1 = jnp.maximum(s_BKGTS.max(-1, keepdims=True), HIDDEN / 2)
+  top_BKGT1 = jnp.maximum(s_BKGTS.max(-1, keepdims=True), blocks.HIDDEN / 2)
   p_BKGTS = jnp.exp(s_BKGTS - jax.lax.stop_gradient(top_BKGT1))
   # At least 1 wherever a key is seen.
   total_BKGT1 = jnp.maximum(p_BKGTS.sum(-1, keepdims=True), 0.5)

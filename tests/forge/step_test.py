@@ -210,7 +210,7 @@ class StepTest(parameterized.TestCase):
     rows = forest.rollouts(2)
     cfg = forest.run_config(lines=8)
     (want, logp_BT, _, load_LE), batch = self.gradients(rows, cfg)
-    mesh = mesh_lib.make_mesh(config.MeshConfig(data=2, fsdp=2, expert=2))
+    mesh = mesh_lib.make_mesh(config.MeshConfig(fsdp=2, expert=2, context=2))
     params = jax.device_put(
       self.params,
       sharding.param_shardings(model_params.abstract(forest.MODEL), mesh),

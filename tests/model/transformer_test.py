@@ -58,14 +58,14 @@ class CountTest(absltest.TestCase):
 
   def test_every_leaf_has_axes(self):
     cfg = config.ModelConfig(mtp_modules=3)
-    mesh = jax.sharding.AbstractMesh((2, 2, 2, 1), meshes.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 2, 2, 2, 1), meshes.AXES)
     shardings = sharding.param_shardings(params.abstract(cfg), mesh)
     self.assertLen(
       jax.tree.leaves(shardings), len(jax.tree.leaves(params.abstract(cfg)))
     )
 
   def test_indivisible_and_unknown_leaves_are_all_named(self):
-    mesh = jax.sharding.AbstractMesh((1, 1, 3, 1), meshes.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 3, 1, 1), meshes.AXES)
     tree = dict(params.abstract(TINY), stray=jnp.zeros(3))
     with self.assertRaisesRegex(ValueError, 'wi_0.*8.*stray|stray.*wi_0'):
       sharding.param_shardings(tree, mesh)

@@ -1,5 +1,7 @@
 """Attention under the interval mask against the specification."""
 
+import functools
+import re
 from unittest import mock
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels.attention import ref, xla
+from pallas_kernels.attention import blocks, ref, xla
 
 TOLERANCE = 2e-6
 
@@ -48,7 +50,9 @@ class AttentionTest(parameterized.TestCase):
     q, k, v, until = case(0, 3, 1, 40, 4, 2)
     until = jnp.full_like(until, 1 << 30)
     offset = jnp.array([0, 7, 39])
-    got = pallas_kernels.attention(q, k, v, until, offset_B=offset, scale=0.3)
+    got = pallas_kernels.attention(
+      q, k, v, until, query_BT=offset[:, None], scale=0.3
+    )
     for row, last in enumerate(offset):
       alone = slice(row, row + 1)
       want = ref.attention(
@@ -61,15 +65,71 @@ class AttentionTest(parameterized.TestCase):
       )
       np.testing.assert_allclose(got[alone], want, atol=TOLERANCE)
 
-  def test_long_rows_take_the_loop(self):
-    q, k, v, until = case(0, 1, 150, 150, 2, 1)
-    want = pallas_kernels.attention(q, k, v, until, scale=0.3)
+  @parameterized.parameters((150, None), (40, (0, 117)))
+  def test_long_rows_go_block_by_block(self, queries, offset):
+    rows, keys = (1, queries) if offset is None else (2, 200)
+    q, k, v, until = case(0, rows, queries, keys, 4, 2)
+    until = until.at[:, 70:90].set(until[:, 70:90].min(1, keepdims=True))
+    query = np.array(offset or [0])[:, None] + np.arange(queries)
+    query = jnp.asarray(query)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), q.dtype)
+
+    def ours(q, k, v):
+      given = None if offset is None else query
+      return pallas_kernels.attention(q, k, v, until, query_BT=given, scale=0.3)
+
+    def spec(q, k, v):
+      return ref.attention(q, k, v, until, query, scale=0.3)
+
     with (
-      mock.patch.object(xla, 'UNROLLED', 64),
-      mock.patch.object(xla, 'LARGE_BLOCK', 64),
+      mock.patch.object(xla, 'UNROLLED', 32),
+      mock.patch.object(blocks, 'BLOCK', 32),
     ):
-      got = pallas_kernels.attention(q, k, v, until, scale=0.3)
+      got, pull = jax.vjp(ours, q, k, v)
+      got_d = pull(dy)
+    want, want_pull = jax.vjp(spec, q, k, v)
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
+    for ours_d, spec_d in zip(got_d, want_pull(dy)):
+      np.testing.assert_allclose(ours_d, spec_d, atol=10 * TOLERANCE)
+
+  def test_blocks_that_no_query_sees_are_not_visited(self):
+    # A trunk of 8 and branches of 8 and 16; then 8 of padding: blocks of 4.
+    until = np.repeat([32, 16, 32, 0], [8, 8, 16, 8])
+    query = np.arange(40)
+    with mock.patch.object(blocks, 'BLOCK', 4):
+      order, count = blocks._visits(
+        jnp.asarray(until).reshape(10, 1, 4),
+        jnp.asarray(query).reshape(10, 1, 4),
+      )
+    visited = [row[:n].tolist() for row, n in zip(order, count)]
+    self.assertEqual(
+      visited,
+      [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+      + [[0, 1, *range(4, last + 1)] for last in range(4, 8)]
+      + [[], []],
+    )
+
+  def test_who_keeps_the_output_runs_the_forward_loop_once(self):
+    q, k, v, until = case(0, 1, 16, 16, 2, 1)
+
+    def loops(*kept):
+      policy = jax.checkpoint_policies.save_only_these_names(*kept)
+
+      @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+      def layer(x, _):
+        return x + pallas_kernels.attention(x, k, v, until, scale=0.3), None
+
+      def total(x):
+        return jax.lax.scan(layer, x, None, length=2)[0].sum()
+
+      text = jax.jit(jax.grad(total)).lower(q).compile().as_text()
+      return len(re.findall(r' while\(', text))
+
+    with (
+      mock.patch.object(xla, 'UNROLLED', 0),
+      mock.patch.object(blocks, 'BLOCK', 8),
+    ):
+      self.assertLess(loops(xla.NAME), loops('nothing'))
 
   def test_a_query_that_sees_nothing_is_zero_and_finite(self):
     q, k, v, until = case(0, 1, 12, 12, 2, 1)

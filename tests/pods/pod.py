@@ -79,8 +79,8 @@ class Pod:
       | {
         'JAX_NUM_CPU_DEVICES': str(devices // processes),
         'ATTEMPT': str(attempt),
-      # Half the time to compile; what is tested does not depend on it.
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+        # Half the time to compile; what is tested does not depend on it.
+        'XLA_FLAGS': '--xla_backend_optimization_level=0',
       }
     )
     address = f'127.0.0.1:{_free_port()}'

@@ -3,7 +3,7 @@
 Run by `train_step_test.py` in a process of its own, because the TPU compiler
 (libtpu) must be on the path before jax starts:
 
-    PYTHONPATH=.tpu python -m tests.tpu.train_step TOPOLOGY FSDP EXPERT
+    PYTHONPATH=.tpu python -m tests.tpu.train_step TOPOLOGY AXIS=SIZE...
 
 Nothing is executed and nothing allocated: shapes go in, and one line of JSON
 comes out with the number of chips, bytes per chip and the collectives.
@@ -16,6 +16,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 
 from m2 import config
@@ -24,7 +25,13 @@ from m2.parallel import sharding
 from m2.train import optim, step
 from m2.train import state as train_state
 
-COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all')
+COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
 # M2's ratios (48 heads on 8, half of each head rotated), at a width that
 # fills a TPU's lanes.
 MODEL = config.ModelConfig(
@@ -44,11 +51,13 @@ MODEL = config.ModelConfig(
 BATCH, LENGTH = 8, 512
 
 
-def main(topology: str, fsdp: int, expert: int) -> None:
-  chips = topologies.get_topology_desc(platform='tpu', topology_name=topology)
-  mesh = mesh_lib.make_mesh(
-    config.MeshConfig(fsdp=fsdp, expert=expert), chips.devices
+def main(topology: str, sizes: dict[str, int]) -> None:
+  chips = topologies.get_topology_desc(
+    platform='tpu',
+    topology_name=topology,
+    num_slices=sizes.get('slices', 1),
   )
+  mesh = mesh_lib.make_mesh(config.MeshConfig(**sizes), chips.devices)
   cfg = config.RunConfig(
     model=MODEL,
     optim=config.OptimConfig(),
@@ -58,9 +67,7 @@ def main(topology: str, fsdp: int, expert: int) -> None:
   )
   optimizer = optim.make(cfg.optim, cfg.steps)
   state = train_state.abstract(MODEL, mesh, optimizer)
-  rows = jax.sharding.NamedSharding(
-    mesh, jax.sharding.PartitionSpec(sharding.RULES['batch'])
-  )
+  rows = sharding.batch_sharding(mesh)
   dtypes = dict.fromkeys(('tokens', 'targets', 'positions', 'until'), jnp.int32)
   batch = {
     name: jax.ShapeDtypeStruct((BATCH, LENGTH), dtype, sharding=rows)
@@ -79,11 +86,12 @@ def main(topology: str, fsdp: int, expert: int) -> None:
       {
         'device': chips.devices[0].device_kind,
         'chips': mesh.size,
+        'slices_of_data': [_slices(block) for block in mesh.devices],
         'argument_bytes': memory.argument_size_in_bytes,
         'alias_bytes': memory.alias_size_in_bytes,
         'peak_bytes': memory.peak_memory_in_bytes,
         'collectives': {
-          name: len(re.findall(rf'= \S+ {name}(?:-start)?\(', text))
+          name: len(re.findall(rf' {name}(?:-start)?\(', text))
           for name in COLLECTIVES
         },
       }
@@ -91,5 +99,10 @@ def main(topology: str, fsdp: int, expert: int) -> None:
   )
 
 
+def _slices(devices: np.ndarray) -> list[int]:
+  return sorted({getattr(x, 'slice_index', 0) for x in devices.flat})
+
+
 if __name__ == '__main__':
-  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+  pairs = (argument.split('=') for argument in sys.argv[2:])
+  main(sys.argv[1], {axis: int(size) for axis, size in pairs})

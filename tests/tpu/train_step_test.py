@@ -15,7 +15,9 @@ SHARE = 0.3
 
 class TrainStepTest(absltest.TestCase):
   def test_compiles_for_four_chips_and_is_sharded_over_all(self):
-    (found,) = child.run('tests.tpu.train_step', ['v5e:2x2', '2', '2'])
+    (found,) = child.run(
+      'tests.tpu.train_step', ['v5e:2x2', 'fsdp=2', 'expert=2']
+    )
     self.assertEqual((found['device'], found['chips']), ('TPU v5 lite', 4))
     self.assertLess(found['peak_bytes'], CHIP_BYTES)
     # float32 weights and two moments.
@@ -24,6 +26,16 @@ class TrainStepTest(absltest.TestCase):
     # The old state's memory becomes the new one's.
     self.assertGreater(found['alias_bytes'], 0.99 * found['argument_bytes'])
     self.assertGreater(found['collectives']['all-gather'], 0, found)
+
+  def test_compiles_for_two_slices_that_only_the_data_axis_crosses(self):
+    (found,) = child.run(
+      'tests.tpu.train_step',
+      ['v6e:2x2', 'data=4', 'context=2', 'slices=2'],
+    )
+    self.assertEqual(found['chips'], 8)
+    self.assertEqual(found['slices_of_data'], [[0], [0], [1], [1]])
+    # Queries and outputs of both halves, there and back, and their gradients.
+    self.assertGreaterEqual(found['collectives']['collective-permute'], 8)
 
 
 if __name__ == '__main__':

@@ -113,7 +113,7 @@ class RecordTest(parameterized.TestCase):
     )
 
   def test_on_a_mesh(self):
-    found = record(small.EIGHT)[0]
+    found = record(small.CUT)[0]
     for name in found:
       jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),

@@ -35,6 +35,8 @@ MODEL = config.ModelConfig(
 )
 ONE = config.MeshConfig()
 EIGHT = config.MeshConfig(data=2, fsdp=2, expert=2)
+# Eight as well, with rows cut along their length.
+CUT = config.MeshConfig(fsdp=2, expert=2, context=2)
 
 
 def run_config(modules: int = 0, **changes) -> config.RunConfig:
@@ -83,7 +85,7 @@ def batch(seed: int = 0, rows: int = ROWS) -> dict[str, np.ndarray]:
 @functools.cache
 def compiled(cfg: config.RunConfig, mesh: config.MeshConfig, inspect: bool):
   """The mesh, the optimiser and the jitted update; shared by the tests."""
-  devices = jax.devices()[: 8 if mesh == EIGHT else 1]
+  devices = jax.devices()[: 1 if mesh == ONE else 8]
   optimizer = optim.make(cfg.optim, cfg.steps)
   update = functools.partial(
     step.train_step,

@@ -67,7 +67,7 @@ class MeshTest(parameterized.TestCase):
       modules=1, optim={'accumulate': 2}, data={'batch': 2 * small.ROWS}
     )
     twice = {k: np.repeat(v, 2, axis=0) for k, v in small.batch().items()}
-    eight, others = small.steps(cfg, 2, small.EIGHT, rows=twice)
+    eight, others = small.steps(cfg, 2, small.CUT, rows=twice)
     assert_close(one.params, eight.params, UPDATE_TOLERANCE)
     for key in ('loss', 'ce', 'mtp', 'grad_norm', 'load_max', 'active'):
       np.testing.assert_allclose(
