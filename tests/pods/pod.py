@@ -23,7 +23,7 @@ from tests.pods import documents
 from tests.train import small
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LIMIT = 240.0  # seconds that anything may take
+LIMIT = 600.0  # seconds that anything may take, on a busy machine
 
 
 def config(folder: pathlib.Path, **changes: Any) -> settings.RunConfig:
@@ -79,6 +79,8 @@ class Pod:
       | {
         'JAX_NUM_CPU_DEVICES': str(devices // processes),
         'ATTEMPT': str(attempt),
+        # Half the time to compile; what is tested does not depend on it.
+        'XLA_FLAGS': '--xla_backend_optimization_level=0',
       }
     )
     address = f'127.0.0.1:{_free_port()}'
