@@ -107,7 +107,7 @@ class PodTest(parameterized.TestCase):
       run.wait_for(lambda: silent.search(run.log(0)))
       self.assertLess(time.monotonic() - begin, NAMED_WITHIN)
       run.wait_for(lambda: 'its stacks follow' in run.log(0))
-      run.wait_for(lambda: 'in flush' in run.log(0))  # where it waits
+      run.wait_for(lambda: 'in _steps' in run.log(0))  # where it waits
       steps = run.steps()
       run.send(signal.SIGCONT, 1)
       run.wait_for(lambda: run.steps() > steps + 3)
