@@ -61,8 +61,9 @@ class PlanTest(parameterized.TestCase):
     self.assertTrue(row['fits'])
     held = row['hbm']
     self.assertLess(held['peak'], held['limit'])
-    # 228.7 billion float32 weights and twice as much in moments over 64 chips.
-    self.assertBetween(held['weights'] * 64 / 228_689_764_864, 4.0, 4.05)
+    # 228.7 billion float32 weights and twice as much in moments over 64 chips;
+    # those of attention, 1.2%, are split over fsdp alone: four chips hold each.
+    self.assertBetween(held['weights'] * 64 / 228_689_764_864, 4.1, 4.2)
     self.assertBetween(held['optimiser'] / held['weights'], 1.99, 2.01)
     self.check_collectives(row)
     kinds = {one['kind'] for one in row['collectives']['rows']}
