@@ -42,6 +42,8 @@ class Beat(NamedTuple):
 
   def __str__(self) -> str:
     """Where it is: `step 12 (data)`."""
+    if self.step < 0:
+      return 'the start'
     return f'step {self.step} ({PHASES[self.phase]})'
 
 
@@ -157,7 +159,7 @@ class Watchdog:
 
   def _watch(self) -> None:
     standing, index = Standing(self._limit), jax.process_index()
-    while not self._done.wait(self._period):
+    while True:
       self._beat = self._beat._replace(count=self._beat.count + 1)
       now = time.monotonic()
       try:
@@ -172,6 +174,8 @@ class Watchdog:
         hosts.say(line)
       if standing.is_late(index, now):
         self._dump()
+      if self._done.wait(self._period):
+        return
 
   def _exchange(self, index: int) -> dict[int, Beat]:
     """Leaves its own beat; process 0 sees all, others only themselves."""
@@ -180,8 +184,12 @@ class Watchdog:
     hosts.post(f'{_BEATS}/{index}', json.dumps(self._beat))
     if index != 0:
       return {index: self._beat}
-    found = hosts.posted(_BEATS).items()
-    return {int(other): Beat(*json.loads(text)) for other, text in found}
+    found, count = hosts.posted(_BEATS), jax.process_count()
+    silent = {
+      other: Beat(f'host {other} of {count}', 0, -1, PHASES.index('compile'))
+      for other in range(count)
+    }
+    return silent | {int(k): Beat(*json.loads(v)) for k, v in found.items()}
 
   def _dump(self) -> None:
     """Writes the stacks of all threads, once for each place it is stuck at."""

@@ -71,10 +71,13 @@ class StandingTest(absltest.TestCase):
     self.assertEmpty(self.pass_time(90, h0=at, h1=at, h2=at))
     self.assertNotEmpty(self.pass_time(40))
 
-  def test_a_host_that_never_beat_is_not_there_to_name(self):
-    del self.beats[2]
-    for step in range(1, 60):
-      self.assertEmpty(self.pass_time(2, h0=(step, STEP), h1=(step, STEP)))
+  def test_a_host_that_never_beat(self):
+    self.beats[2] = watchdog.Beat('host 2', 0, -1, COMPILE)
+    lines = self.pass_time(60, silent=(2,))
+    self.assertLen(lines, 1)
+    self.assertRegex(
+      lines[0], r'^host 2 has been silent for 2\d s, at the start'
+    )
 
 
 if __name__ == '__main__':
