@@ -73,6 +73,11 @@ def target() -> jax.sharding.AbstractDevice | None:
   return jax.sharding.get_abstract_mesh().abstract_device
 
 
+def device() -> jax.Device | jax.sharding.AbstractDevice:
+  """A device of the mesh in use, or one of this host without a mesh."""
+  return target() or jax.local_devices()[0]
+
+
 @functools.cache
 def _announce(operation: str, platform: str, name: str, why: str) -> None:
   """Says once a process what was picked and why."""

@@ -12,8 +12,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from pallas_kernels import dispatch
 
 MIB = 2**20
@@ -143,7 +141,7 @@ def here() -> Chip | None:
   """The device at hand; an interpreted one on a CPU; None if unknown."""
   if chip := _compiling_for.get():
     return chip
-  device = dispatch.target() or jax.local_devices()[0]
+  device = dispatch.device()
   if device.platform == 'cpu':
     return INTERPRETED
   return CHIPS.get(device.device_kind)

@@ -19,6 +19,8 @@ devices, at most min(n - 1, X) * M, the former with some room to spare.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,36 +66,53 @@ def expert_parallel(
   if strategy != 'auto' and strategy not in cost.STRATEGIES:
     known = ', '.join(('auto', *cost.STRATEGIES))
     raise ValueError(f'{strategy=}: choose one of {known}')
-  rows = sharding.spec('batch', 'sequence', None)
   stored = [
     ('expert', 'embed', 'ffn'),
     ('expert', 'embed', 'ffn'),
     ('expert', 'ffn', 'embed'),
   ]
 
-  def local(x_BTD, index_BTX, weight_BTX, *weights):
+  def run(x_MD, index_MX, weight_MX, *weights):
     # FSDP: all-gather of this device's experts, 3 * E * D * F weights.
     weights = [sharding.gathered(w, *axes) for w, axes in zip(weights, stored)]
-    x_MD, index_MX, weight_MX = (
-      x.reshape(-1, x.shape[-1]) for x in (x_BTD, index_BTX, weight_BTX)
-    )
-    y_MD = _local(
+    return _local(
       x_MD, index_MX, weight_MX, *weights,
       strategy=strategy, chunks=chunks, impl=impl,
     )  # fmt: skip
-    return y_MD.reshape(x_BTD.shape)
 
-  run = sharding.manual(
-    local,
-    (
-      rows,
-      rows,
-      rows,
-      *(sharding.spec(*axes) for axes in stored),
-    ),
-    rows,
-  )
-  return run(x_BTD, *routing, wi_0_EDF, wi_1_EDF, wo_EFD)
+  matrices = wi_0_EDF, wi_1_EDF, wo_EFD
+  return on_tokens(run, x_BTD, routing, matrices, stored)
+
+
+def on_tokens(
+  run: Callable[..., jax.Array],
+  x_BTD: jax.Array,
+  routing: pallas_kernels.Routing,
+  matrices: Sequence[Any],
+  stored: Sequence[Sequence[str | None]],
+) -> jax.Array:
+  """Runs a layer on each device's own tokens and part of the matrices.
+
+  Args:
+    run: (x_MD, index_MX, weight_MX, *matrices) -> y_MD, of local blocks.
+    x_BTD: tokens, split over the batch axes and `context`.
+    routing: chosen experts and weights of each token, both [B, T, X].
+    matrices: of all experts; each may be a tree.
+    stored: logical axes of each.
+
+  Returns:
+    y_BTD, sharded like `x_BTD`.
+  """
+  rows = sharding.spec('batch', 'sequence', None)
+
+  def local(x_BTD, index_BTX, weight_BTX, *matrices):
+    tokens = (
+      z.reshape(-1, z.shape[-1]) for z in (x_BTD, index_BTX, weight_BTX)
+    )
+    return run(*tokens, *matrices).reshape(x_BTD.shape)
+
+  specs = rows, rows, rows, *(sharding.spec(*axes) for axes in stored)
+  return sharding.manual(local, specs, rows)(x_BTD, *routing, *matrices)
 
 
 def _local(
@@ -143,7 +162,7 @@ def _choose(strategy: str, chunks: int, layer: cost.Layer) -> tuple[str, int]:
 
 def _device() -> tuple[str, str]:
   """Platform and kind of the mesh's devices, which need not be here."""
-  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  device = dispatch.device()
   return device.platform, device.device_kind
 
 
@@ -158,10 +177,32 @@ def _announce(layer: cost.Layer, kind: str, choice: cost.Choice) -> None:
     )
 
 
-def _gather(
-  chunks, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, *, impl
-):
-  first = jax.lax.axis_index('expert') * wi_0_EDF.shape[0]
+def _gather(chunks, x_MD, index_MX, weight_MX, *weights, impl):
+  def layer(*tokens):
+    return exchange.layer(*tokens, *weights, impl=impl)
+
+  return gather(layer, weights[0].shape[0], chunks, x_MD, index_MX, weight_MX)
+
+
+def gather(
+  layer: Callable[..., jax.Array],
+  held: int,
+  chunks: int,
+  x_MD: jax.Array,
+  index_MX: jax.Array,
+  weight_MX: jax.Array,
+) -> jax.Array:
+  """Strategy `gather`, inside `shard_map`.
+
+  Args:
+    layer: (x, index, weight) of tokens -> sums over this device's experts.
+    held: how many those are.
+    chunks: slices of the tokens; divides M.
+    x_MD: this device's tokens.
+    index_MX: chosen experts of all devices.
+    weight_MX: mixing weights.
+  """
+  first = jax.lax.axis_index('expert') * held
   rows = []
   for part in zip(*(jnp.split(z, chunks) for z in (x_MD, index_MX, weight_MX))):
     # all-gather over 'expert': (n - 1) * M * D * itemsize in.
@@ -169,9 +210,7 @@ def _gather(
       jax.lax.all_gather(z, 'expert', axis=0, tiled=True) for z in part
     )
     # Experts of other devices are outside [0, E): they contribute nothing.
-    y_MD = exchange.layer(
-      x_MD, index_MX - first, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, impl=impl
-    )
+    y_MD = layer(x_MD, index_MX - first, weight_MX)
     # reduce-scatter over 'expert': (n - 1) * M * D * itemsize in.
     rows.append(
       jax.lax.psum_scatter(y_MD, 'expert', scatter_dimension=0, tiled=True)

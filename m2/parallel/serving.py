@@ -7,6 +7,7 @@ tokens of its peers and gives back partial sums. The matrices never move.
 import jax
 
 import pallas_kernels
+from m2.parallel import experts as expert_layers
 from m2.parallel import sharding
 
 # Logical axes of codes and scales alike: out, then in, as in checkpoints.
@@ -36,37 +37,26 @@ def experts(
   Returns:
     y_BTD, sharded like `x_BTD`.
   """
-  rows = sharding.spec('batch', 'sequence', None)
-  up, down = sharding.spec(*UP), sharding.spec(*DOWN)
-
-  def local(x_BTD, index_BTX, weight_BTX, *weights):
-    tokens = [
-      x.reshape(-1, x.shape[-1]) for x in (x_BTD, index_BTX, weight_BTX)
-    ]
-    return _gather(tokens, weights).reshape(x_BTD.shape)
-
-  run = sharding.manual(local, (rows, rows, rows, up, up, down), rows)
-  return run(x_BTD, *routing, wi_0, wi_1, wo)
+  matrices = wi_0, wi_1, wo
+  return expert_layers.on_tokens(
+    _local, x_BTD, routing, matrices, (UP, UP, DOWN)
+  )
 
 
-def _gather(tokens, weights):
-  sizes = sharding.axis_sizes()
+def _local(x_MD, index_MX, weight_MX, *weights):
+  """What one device does; sums over the `tensor` axis at the end."""
+  tokens, sizes = (x_MD, index_MX, weight_MX), sharding.axis_sizes()
   if not sizes:
     return _apply(*tokens, *weights)
-  tokens = [sharding.varying(x) for x in tokens]
+  tokens = [sharding.varying(z) for z in tokens]
   weights = jax.tree.map(sharding.varying, weights)
-  if sizes['expert'] > 1:
-    # all-gather over 'expert': (n - 1) * M * D * itemsize in.
-    tokens = [
-      jax.lax.all_gather(x, 'expert', axis=0, tiled=True) for x in tokens
-    ]
-  x_MD, index_MX, weight_MX = tokens
-  first = jax.lax.axis_index('expert') * weights[0].values.shape[0]
-  # Experts of other devices are outside [0, E): they contribute nothing.
-  y_MD = _apply(x_MD, index_MX - first, weight_MX, *weights)
-  if sizes['expert'] > 1:
-    # reduce-scatter over 'expert': (n - 1) * M * D * itemsize out.
-    y_MD = jax.lax.psum_scatter(y_MD, 'expert', scatter_dimension=0, tiled=True)
+  if sizes['expert'] == 1:
+    y_MD = _apply(*tokens, *weights)
+  else:
+    held = weights[0].values.shape[0]
+    y_MD = expert_layers.gather(
+      lambda *tokens: _apply(*tokens, *weights), held, 1, *tokens
+    )
   return jax.lax.psum(y_MD, 'tensor')
 
 

@@ -21,9 +21,9 @@ from m2.forge import tree as tree_lib
 from m2.model import params as model_params
 from m2.parallel import sharding
 from m2.plan import counts, hlo, memory
+from m2.train import loop as train
 from m2.train import optim
 from m2.train import state as train_state
-from m2.train import step as train
 from pallas_kernels.attention import blocks
 
 
@@ -93,12 +93,7 @@ def train_program(
   work = _work(mesh, model, rows // cfg.accumulate, length, cfg.accumulate)
   return Program(
     'train',
-    jax.jit(
-      functools.partial(
-        train.train_step, model=model, optimizer=optimizer, cfg=config
-      ),
-      donate_argnums=0,
-    ),
+    train.compiled(config, optimizer)[0],
     (state, batch),
     mesh,
     rows * length,

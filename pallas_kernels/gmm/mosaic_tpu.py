@@ -49,7 +49,7 @@ def no_device() -> str | None:
   """Why TPU kernels cannot run on the device at hand, or None."""
   if tiles_tpu.here():
     return None
-  kind = (dispatch.target() or jax.local_devices()[0]).device_kind
+  kind = dispatch.device().device_kind
   known = ', '.join(tiles_tpu.CHIPS)
   return f'knows {known} (and interprets on CPUs), not {kind}'
 

@@ -2,24 +2,14 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-LIBTPU = ROOT / '.tpu'
+from m2.plan import compiler as tpu_compiler
 
-# `MULTIPLE`: a second compiling process on this host would otherwise die on
-# libtpu's lock file. The rest only spares it looking for a TPU host.
-ENVIRONMENT = {
-  'JAX_PLATFORMS': 'cpu',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-}
+ROOT, LIBTPU = tpu_compiler.ROOT, tpu_compiler.LIBTPU
 
 
 def run(
@@ -44,7 +34,7 @@ def run(
   done = subprocess.run(
     [sys.executable, '-m', module, *arguments],
     cwd=ROOT,
-    env=os.environ | ENVIRONMENT | extra,
+    env=os.environ | tpu_compiler.ENVIRONMENT | extra,
     capture_output=True,
     text=True,
   )
