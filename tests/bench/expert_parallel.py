@@ -126,7 +126,7 @@ def compare(got, wants) -> float:
     (z.reshape(-1, z.shape[-1]), jnp.concatenate([want[i] for want in wants]))
     for i, z in enumerate((y, dx, dweight))
   ]
-  for i, z in enumerate(dmatrices, 3):
+  for i, z in enumerate(map(np.asarray, dmatrices), 3):
     ends = slice(0, COMPARED), slice(-COMPARED, None)
     pairs += [
       (z[own], sum(want[i][own].astype(jnp.float32) for want in wants))
