@@ -4,8 +4,8 @@
 
 Each WORKDIR holds the `results.json` of one finished run of
 `launch/quickstart.sh`, with a seed of its own. They go together into
-`results/quickstart-<processor>.json`, a row a seed; README's table and the
-claim that it holds for every seed are made from that.
+`results/quickstart-<device>.json`, a row a seed; README's table and the claim
+that it holds for every seed are made from that.
 """
 
 import argparse
@@ -58,12 +58,18 @@ def collect(workdirs: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
   return sorted(rows, key=lambda one: one['seed'])
 
 
+def device(environment: dict[str, Any]) -> str:
+  """The accelerator that a run had, or else its processor."""
+  _, kind = environment['device'].split(' ', 1)
+  return environment['processor'] if kind == 'cpu' else kind
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
   rows = collect(parser.parse_args().workdirs)
-  device = rows[0]['environment']['processor']
-  print(record.write('quickstart', device, rows, command=COMMAND))
+  name = device(rows[0]['environment'])
+  print(record.write('quickstart', name, rows, command=COMMAND))
 
 
 if __name__ == '__main__':

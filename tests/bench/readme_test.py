@@ -44,11 +44,11 @@ class ReadmeTest(absltest.TestCase):
     folder = pathlib.Path(self.create_tempdir().full_path)
     (folder / 'run').mkdir()
     results = sample.results()
-    results['environment']['processor'] = 'Some CPU (R) 9'
+    results['environment'] |= {'processor': 'Some CPU (R) 9', 'device': '1 cpu'}
     (folder / 'run' / 'results.json').write_text(json.dumps(results))
     rows = quickstart.collect([folder / 'run'])
-    path = record.write('quickstart', 'Some CPU (R) 9', rows, command='x',
-                        folder=folder)  # fmt: skip
+    device = quickstart.device(rows[0]['environment'])
+    path = record.write('quickstart', device, rows, command='x', folder=folder)
     self.assertEqual(path.name, 'quickstart-some-cpu-r-9.json')
     text = readme.render(EMPTY, folder)
     self.assertIn(
@@ -56,6 +56,10 @@ class ReadmeTest(absltest.TestCase):
       '13.0 | 3.0 | Some CPU (R) 9, 2 cores | `cdcdcdcdc` |\n',
       text,
     )
+
+  def test_a_run_is_filed_under_its_accelerator(self):
+    environment = {'processor': 'Some CPU', 'device': '8 Some GPU 80GB'}
+    self.assertEqual(quickstart.device(environment), 'Some GPU 80GB')
 
   def test_a_layer_becomes_a_row(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
