@@ -3,6 +3,8 @@
 import jax
 from jax import lax
 
+BOX = 256  # longest side of a bulk copy
+
 
 def refusal() -> str | None:
   """Why such kernels cannot run on this device, or None."""
@@ -10,6 +12,12 @@ def refusal() -> str | None:
   if device.platform != 'gpu' or device.compute_capability != '9.0':
     return f'needs a Hopper GPU, not {device.device_kind}'
   return None
+
+
+def box(width: int) -> tuple[int, int]:
+  """`width`, a multiple of 8, as two sides of at most BOX, while that goes."""
+  side = next(s for s in range(BOX, 0, -8) if width % s == 0)
+  return width // side, side
 
 
 def varying_like(x: jax.Array, y: jax.Array) -> jax.Array:

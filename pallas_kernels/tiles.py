@@ -17,6 +17,8 @@ import jax
 
 TABLE = pathlib.Path(__file__).with_name('tiles.json')
 
+DEPTHS = 64, 128  # that `Tiles` may have
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -41,7 +43,7 @@ class Tiles:
   staging: int = 2
 
   def __post_init__(self):
-    if self.columns not in (128, 256) or self.depth not in (64, 128):
+    if self.columns not in (128, 256) or self.depth not in DEPTHS:
       raise ValueError(f'{self}: columns must be 128 or 256, depth 64 or 128')
     if self.stages < 2 or min(self.band, self.cluster, self.staging) < 1:
       raise ValueError(f'{self}: needs 2 stages and 1 of the rest at least')

@@ -20,8 +20,9 @@ is not counted: it runs zero times when routing is near uniform.
 
 Seconds are a model for choosing, not a measurement: rates from `CHIPS`, the
 products at RATE of the peak or at the pace at which the matrices are read,
-whichever is slower, a pass over the room that rows leave empty, and
-communication of which all but the first and last part is hidden.
+whichever is slower, the sums of the slices' weight gradients, a pass over the
+room that rows leave empty where kernels make one, the placing of what is sent,
+and communication of which all but the first and last part is hidden.
 """
 
 import dataclasses
@@ -49,6 +50,8 @@ class Chip:
     torus: dimensions of the torus; 0 = all devices on one switch.
     latency: seconds a collective takes at least.
     ragged: share of `link` that `ragged_all_to_all` reaches.
+    placing: seconds in which `exchange` and `ragged` place a slice's copies.
+    skips: kernels do not touch the room that rows leave empty.
   """
 
   flops: float
@@ -58,21 +61,24 @@ class Chip:
   torus: int
   latency: float
   ragged: float
+  placing: float
+  skips: bool
 
 
 # TPUs: cloud.google.com/tpu/docs (flops, memory, bandwidth, total of links
 # both ways); one-way rates as in jax-ml.github.io/scaling-book, "How to think
 # about TPUs". A TPU7x chip is two devices, which share its links.
 # GPUs: NVIDIA's datasheets; NVLink is 450e9, of which an all-reduce over two
-# H100 was measured to reach 329e9 (bus bandwidth, 1 GiB). ragged_all_to_all
-# reaches a small part of NVLink (github.com/openxla/xla/issues/33386).
+# H100 was measured to reach 329e9 (bus bandwidth, 1 GiB); the share of
+# ragged_all_to_all and the placing are of `tests/bench/expert_parallel.py`. No
+# TPU's placing was measured.
 CHIPS: Mapping[str, Chip] = {
-  'TPU v5 lite': Chip(1.97e14, 16e9, 8.1e11, 4.5e10, 2, 5e-6, 1.0),
-  'TPU v5': Chip(4.59e14, 95e9, 2.8e12, 9e10, 3, 5e-6, 1.0),
-  'TPU v6 lite': Chip(9.18e14, 32e9, 1.6e12, 9e10, 2, 5e-6, 1.0),
-  'TPU7x': Chip(1.153e15, 96e9, 3.7e12, 5e10, 3, 5e-6, 1.0),
-  'NVIDIA H100': Chip(9.89e14, 80e9, 3.35e12, 3.3e11, 0, 2e-5, 0.1),
-  'NVIDIA H200': Chip(9.89e14, 141e9, 4.8e12, 3.3e11, 0, 2e-5, 0.1),
+  'TPU v5 lite': Chip(1.97e14, 16e9, 8.1e11, 4.5e10, 2, 5e-6, 1.0, 0, False),
+  'TPU v5': Chip(4.59e14, 95e9, 2.8e12, 9e10, 3, 5e-6, 1.0, 0, False),
+  'TPU v6 lite': Chip(9.18e14, 32e9, 1.6e12, 9e10, 2, 5e-6, 1.0, 0, False),
+  'TPU7x': Chip(1.153e15, 96e9, 3.7e12, 5e10, 3, 5e-6, 1.0, 0, False),
+  'NVIDIA H100': Chip(9.89e14, 80e9, 3.35e12, 3.3e11, 0, 2e-5, 0.1, 5e-4, True),
+  'NVIDIA H200': Chip(9.89e14, 141e9, 4.8e12, 3.3e11, 0, 2e-5, 0.1, 5e-4, True),
 }
 
 
@@ -246,15 +252,19 @@ def seconds(
       chunks * communication_seconds(kind, size / chunks, layer.devices, chip)
       for kind, size in moved.items()
     )
-    # Backward: two products instead of one; each slice reads the matrices,
-    # and adds its gradient to that of the slices before it.
+    # Backward: two products instead of one; each slice reads the matrices and
+    # writes its gradient, which is added to that of the slices before it.
     work = 2 * chosen * matrices * (2 if backward else 1) / (chip.flops * RATE)
-    touched = stored * (3 * chunks - 1 if backward else chunks)
+    touched = stored * chunks * (2 if backward else 1)
     work = max(work, touched / chip.bandwidth)
-    # Room that no row takes is cleared and passed over.
-    spare = chunks * rows(strategy, layer, chunks) - chosen
-    spare *= layer.itemsize * (layer.width + 3 * layer.hidden)
-    work += spare * (2 if backward else 1) / chip.bandwidth
+    if backward:
+      work += 3 * (chunks - 1) * stored / chip.bandwidth
+    elif strategy != 'gather':
+      work += chunks * chip.placing
+    if not chip.skips:
+      spare = chunks * rows(strategy, layer, chunks) - chosen
+      spare *= layer.itemsize * (layer.width + 3 * layer.hidden)
+      work += spare * (2 if backward else 1) / chip.bandwidth
     hidden = min(work, talk) * (chunks - 1) / chunks
     total += work + talk - hidden
     talked += talk

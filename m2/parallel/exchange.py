@@ -33,6 +33,9 @@ from m2.parallel import cost, sharding
 from pallas_kernels import dispatch
 
 AXIS = 'expert'
+# XLA's kernel on GPUs copies an update by one thread block, at some 2 GB/s: so
+# many updates in all keep the links busy (`tests/bench/expert_parallel.py`).
+GPU_UPDATES = 1024
 # Slices and rounds of one shape share one program of the layer.
 layer = jax.jit(pallas_kernels.experts, static_argnames=('rows', 'impl'))
 
@@ -280,18 +283,36 @@ def _filled(sizes_N: jax.Array):
 TRANSPORTS: dict[str, Callable] = {'exchange': _whole, 'ragged': _filled}
 
 
+def _updates(copies: int, blocks: int) -> int:
+  """Updates in which a block of `copies` rows is sent."""
+  if dispatch.device().platform != 'gpu':
+    return 1
+  return max(1, min(GPU_UPDATES // blocks, copies))
+
+
 @jax.custom_vjp
 def _ragged(x_PD, sent_N, received_N):
   blocks = received_N.shape[0]
   copies = x_PD.shape[0] // blocks
-  mine = jax.lax.axis_index(AXIS) * copies
+  updates = _updates(copies, blocks)
+  size = -(-copies // updates)  # rows of an update, at the most
+  first_1U = jnp.arange(updates)[None] * size
+  start_N = jnp.arange(blocks) * copies
+  mine_N = jnp.broadcast_to(jax.lax.axis_index(AXIS) * copies, blocks)
+
+  def sizes(rows_N):
+    return jnp.clip(rows_N[:, None] - first_1U, 0, size).reshape(-1)
+
+  def offsets(rows_N):
+    return sharding.varying((rows_N[:, None] + first_1U).reshape(-1))
+
   return jax.lax.ragged_all_to_all(
     x_PD,
     sharding.varying(jnp.zeros_like(x_PD)),
-    sharding.varying(jnp.arange(blocks) * copies),
-    sent_N,
-    sharding.varying(jnp.broadcast_to(mine, blocks)),
-    received_N,
+    offsets(start_N),
+    sizes(sent_N),
+    offsets(mine_N),
+    sizes(received_N),
     axis_name=AXIS,
   )
 

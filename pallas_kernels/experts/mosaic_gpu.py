@@ -2,14 +2,19 @@
 
 Forward, gate and up projections are one pass over the rows whose results meet
 in registers: the pre-activations and the activation leave together. Backward,
-both products of the rows' gradient are summed in registers. See
-`gmm/panels.py` for the products.
+both products of the rows' gradient are summed in registers, and the gradient of
+SwiGLU is a pass of its own. See `gmm/panels.py` for the products.
+
+Rows that no group needs cost nothing, however many there is room for: of those
+after the last group CLEAR are zeros, and the others are never read.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
@@ -18,6 +23,9 @@ from pallas_kernels.experts import vjp
 from pallas_kernels.gmm import layout, mosaic_gpu, panels, pipeline
 
 LOG2_E = 1.4426950408889634
+CLEAR = max(tile_tables.DEPTHS)  # what a weight gradient may read past a group
+SLOTS = 2  # rows of each operand of the SwiGLU gradient in shared memory
+RESIDENT = 3  # of its blocks a multiprocessor
 
 
 def refusal(dtype: jnp.dtype, widths: tuple[int, int]) -> str | None:
@@ -45,7 +53,7 @@ def up(
     'experts_up',
     form,
     functools.partial(_store_activations, form=form, save=save),
-    layout.segments(sizes_E, rows, align, tiles.rows[-1], tiles.cluster),
+    layout.segments(sizes_E, rows, align, tiles.rows[-1], tiles.cluster, CLEAR),
     [x_PD],
     [wi_0_EDF, wi_1_EDF],
     width,
@@ -76,6 +84,7 @@ def up_backward(
     align=align,
     transpose=True,
     out_dtype=dgate_PF.dtype,
+    clear=0,
     tiles=tiles,
     blocks=blocks,
   )
@@ -90,6 +99,7 @@ def down(act_PF, wo_EFD, sizes_E, *, align, tiles=None, blocks=None):
     align=align,
     transpose=False,
     out_dtype=act_PF.dtype,
+    clear=0,
     tiles=tiles,
     blocks=blocks,
   )
@@ -115,23 +125,109 @@ def down_backward(
     align=align,
     transpose=True,
     out_dtype=dy_PD.dtype,
+    clear=CLEAR,
     tiles=tiles,
     blocks=blocks,
   )
-  # One pass that XLA fuses; NOTES.md has why it is not the product's epilogue.
-  # Rows of no group have a gradient of zeros, and `up` left zeros there.
-  dact_PF, gate_PF, up_PF = (
-    z.astype(jnp.float32) for z in (dact_PF, gate_PF, up_PF)
+  rows = dy_PD.shape[0]
+  end = layout.round_up(sizes_E.astype(jnp.int32), align).sum() + CLEAR
+  # A pass of its own; NOTES.md has why it is not the product's epilogue. Rows
+  # of no group have a gradient of zeros, and `up` left zeros there.
+  return _swiglu_backward(
+    dact_PF, gate_PF, up_PF, weight_P, jnp.minimum(end, rows), blocks=blocks
   )
-  sigmoid_PF = jax.nn.sigmoid(gate_PF)
-  silu_PF = gate_PF * sigmoid_PF
-  slope_PF = sigmoid_PF + silu_PF - silu_PF * sigmoid_PF
-  act_PF = silu_PF * up_PF
-  scaled_PF = weight_P[:, None] * dact_PF
-  results = scaled_PF * up_PF * slope_PF, scaled_PF * silu_PF
-  results += (weight_P[:, None] * act_PF,)
-  dweight_P = (dact_PF * act_PF).sum(1)
-  return *(z.astype(dy_PD.dtype) for z in results), dweight_P
+
+
+def _swiglu_backward(
+  dact_PF: jax.Array,
+  gate_PF: jax.Array,
+  up_PF: jax.Array,
+  weight_P: jax.Array,
+  end: jax.Array,
+  *,
+  blocks: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Gradients through weight * SwiGLU of the rows before `end`.
+
+  Args:
+    dact_PF: gradient of the activation, before the weight; bfloat16.
+    gate_PF: pre-activation.
+    up_PF: pre-activation.
+    weight_P: float32 weights.
+    end: int32; results of the rows from there on are left as they were.
+    blocks: persistent blocks; None takes RESIDENT a multiprocessor.
+
+  Returns:
+    dgate_PF, dup_PF, the weighted activation, float32 dweight_P.
+  """
+  rows, width = dact_PF.shape
+  box = hopper.box(width)
+  kernel = plgpu.kernel(
+    _swiglu_backward_body,
+    out_type=[jax.ShapeDtypeStruct((rows, *box), dact_PF.dtype)] * 3
+    + [jax.ShapeDtypeStruct((rows,), jnp.float32)],
+    scratch_types={
+      'ring': plgpu.SMEM((SLOTS, 3, *box), dact_PF.dtype),
+      'staging': plgpu.SMEM((2, 3, *box), dact_PF.dtype),
+      'full': plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
+    },
+    grid=(blocks or RESIDENT * jax.local_devices()[0].core_count,),
+    grid_names=('block',),
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    kernel_name='swiglu_backward',
+  )
+  operands = (z.reshape(rows, *box) for z in (dact_PF, gate_PF, up_PF))
+  *found, dweight_P = (
+    hopper.varying_like(dact_PF, z)
+    for z in kernel(end[None], weight_P, *operands)
+  )
+  return *(z.reshape(rows, width) for z in found), dweight_P
+
+
+def _swiglu_backward_body(
+  end_ref, weight_ref, *refs, ring, staging, full
+) -> None:
+  sources, targets, dweight_ref = refs[:3], refs[3:6], refs[6]
+  block, blocks = lax.axis_index('block'), lax.axis_size('block')
+  mine = lax.div(jnp.maximum(end_ref[0] - block + blocks - 1, 0), blocks)
+
+  def load(index):
+    slot = lax.rem(index, SLOTS)
+    for x, source in enumerate(sources):
+      plgpu.copy_gmem_to_smem(
+        source.at[block + index * blocks], ring.at[slot, x], full.at[slot]
+      )
+
+  for index in range(SLOTS):
+    pl.when(index < mine)(functools.partial(load, index))
+
+  def row(index, _):
+    slot, half = lax.rem(index, SLOTS), lax.rem(index, 2)
+    number = block + index * blocks
+    weight = weight_ref[number]
+    plgpu.barrier_wait(full.at[slot])
+    dact, gate, up = (ring[slot, x].astype(jnp.float32) for x in range(3))
+    sigmoid = _sigmoid(gate)
+    silu = gate * sigmoid
+    slope = sigmoid + silu - silu * sigmoid
+    act = silu * up
+    scaled = weight * dact
+    dweight_ref[number] = jnp.sum(dact * act)
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    results = scaled * up * slope, scaled * silu, weight * act
+    for x, result in enumerate(results):
+      staging[half, x] = result.astype(staging.dtype)
+    # All threads have read the slot once they are here.
+    plgpu.commit_smem()
+    for x, target in enumerate(targets):
+      plgpu.copy_smem_to_gmem(
+        staging.at[half, x], target.at[number], commit_group=False
+      )
+    plgpu.commit_smem_to_gmem_group()
+    pl.when(index + SLOTS < mine)(functools.partial(load, index + SLOTS))
+
+  lax.fori_loop(0, mine, row, None)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _form(x, tiles, *, paired, transpose, panel_count) -> panels.Form:
@@ -193,4 +289,5 @@ BACKEND = vjp.Backend(
   up_backward=up_backward,
   # Rows come from `permute.gather` and the products above: zeros in the gaps.
   weight_gradient=functools.partial(mosaic_gpu.weight_gradient, clean=True),
+  clear=CLEAR,
 )

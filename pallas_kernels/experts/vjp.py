@@ -25,8 +25,9 @@ from pallas_kernels.permute import api as permute
 class Backend(NamedTuple):
   """What a backend provides; P rows lie in groups with aligned starts.
 
-  Rows of no group give zeros. Operands hold zeros there, too: the gather and
-  the products leave them.
+  Rows of no group give zeros, and operands hold zeros there: the gather and the
+  products leave them. After the last group that is true of `clear` rows; those
+  that follow may hold anything, and nothing may come of them.
 
   Attributes:
     alignment: (rows, groups) -> multiple to which group starts are rounded up.
@@ -40,6 +41,7 @@ class Backend(NamedTuple):
     up_backward: (dgate_PF, dup_PF, wi_0_EDF, wi_1_EDF, sizes_E, *, align) ->
       dx_PD, the sum of both products.
     weight_gradient: (x_PK, dy_PN, sizes_E, *, align, out_dtype) -> dw_EKN.
+    clear: rows after the last group that hold zeros; None = all of them.
   """
 
   alignment: Callable[[int, int], int]
@@ -48,6 +50,7 @@ class Backend(NamedTuple):
   down_backward: Callable[..., tuple[jax.Array, ...]]
   up_backward: Callable[..., jax.Array]
   weight_gradient: Callable[..., jax.Array]
+  clear: int | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -92,7 +95,7 @@ def _apply(
     index_MX, wi_0_EDF.shape[0], align=align, rows=rows, impl=impl
   )
   with jax.named_scope('gather'):
-    x_PD = permute.gather(x_MD, plan, impl=impl)
+    x_PD = permute.gather(x_MD, plan, clear=backend.clear, impl=impl)
   gate_PF, up_PF, act_PF = backend.up(
     x_PD, wi_0_EDF, wi_1_EDF, plan.sizes_G, align=align, save=save
   )
@@ -123,7 +126,9 @@ def _backward(backend, impl, rows, residuals, dy_MD):
     .get(mode='fill', fill_value=0)
   )
   with jax.named_scope('gather'):
-    dy_PD = permute.gather(dy_MD.astype(x_MD.dtype), plan, impl=impl)
+    dy_PD = permute.gather(
+      dy_MD.astype(x_MD.dtype), plan, clear=backend.clear, impl=impl
+    )
   dgate_PF, dup_PF, scaled_PF, dweight_P = backend.down_backward(
     dy_PD, wo_EFD, gate_PF, up_PF, weight_P, sizes_E, align=align
   )
@@ -132,7 +137,7 @@ def _backward(backend, impl, rows, residuals, dy_MD):
   )
   dwo_EFD = gradient(scaled_PF, dy_PD, sizes_E)
   with jax.named_scope('gather'):
-    x_PD = permute.gather(x_MD, plan, impl=impl)
+    x_PD = permute.gather(x_MD, plan, clear=backend.clear, impl=impl)
   dwi_0_EDF = gradient(x_PD, dgate_PF, sizes_E)
   dwi_1_EDF = gradient(x_PD, dup_PF, sizes_E)
   dx_PD = backend.up_backward(

@@ -80,7 +80,12 @@ class Segments(NamedTuple):
 
 
 def segments(
-  sizes_G: jax.Array, rows: int, align: int, tile: int, members: int
+  sizes_G: jax.Array,
+  rows: int,
+  align: int,
+  tile: int,
+  members: int,
+  clear: int | None = None,
 ) -> Segments:
   """Cuts `rows` rows into segments of `members` tiles of at most `tile` rows.
 
@@ -90,12 +95,16 @@ def segments(
     align: multiple of 8 to which group starts are rounded up.
     tile: most rows of a tile, a multiple of 8.
     members: tiles of a segment.
+    clear: a multiple of 8: of the rows after the last group only so many belong
+      to a segment, the others to none; None = all of them do.
   """
   groups = sizes_G.shape[0]
   sizes_G = sizes_G.astype(jnp.int32)
   padded_G = round_up(sizes_G, align)
   # The rows after the last group are one more group, which owns none of them.
   tail_1 = rows - padded_G.sum(keepdims=True)
+  if clear is not None:
+    tail_1 = jnp.minimum(tail_1, clear)
   padded_R = jnp.concatenate([padded_G, tail_1])
   sizes_R = jnp.concatenate([sizes_G, jnp.zeros(1, jnp.int32)])
   count_R = -(-padded_R // (tile * members))

@@ -56,6 +56,7 @@ def product(
   align: int,
   transpose: bool,
   out_dtype: jax.typing.DTypeLike,
+  clear: int | None = None,
   tiles: tile_tables.RowTiles | None = None,
   blocks: int | None = None,
 ) -> jax.Array:
@@ -68,6 +69,8 @@ def product(
     align: multiple of 8 to which group starts are rounded up.
     transpose: multiply with the transposed matrices.
     out_dtype: bfloat16 or float32.
+    clear: rows after the last group that are set to zero, a multiple of 8;
+      those that follow are left as they were in memory. None = all are zero.
     tiles: how to cut; None looks the device up.
     blocks: persistent blocks; None takes one a multiprocessor.
   """
@@ -80,6 +83,7 @@ def product(
     align=align,
     transpose=transpose,
     out_dtype=out_dtype,
+    clear=clear,
     tiles=tiles,
     blocks=blocks,
   )
@@ -94,6 +98,7 @@ def sums(
   align: int,
   transpose: bool,
   out_dtype: jax.typing.DTypeLike,
+  clear: int | None = None,
   tiles: tile_tables.RowTiles | None = None,
   blocks: int | None = None,
 ) -> jax.Array:
@@ -113,7 +118,7 @@ def sums(
     'grouped_matmul',
     form,
     functools.partial(_store_sums, form=form),
-    layout.segments(sizes_G, rows, align, tiles.rows[-1], tiles.cluster),
+    layout.segments(sizes_G, rows, align, tiles.rows[-1], tiles.cluster, clear),
     xs,
     ws,
     columns,
@@ -166,8 +171,9 @@ def weight_gradient(
     sizes_G: rows per group.
     align: multiple of 8 to which group starts are rounded up.
     out_dtype: bfloat16 or float32.
-    clean: all rows are finite, those of no group too: then it is enough that
-      one operand is masked where a group ends, and nobody waits.
+    clean: the rows of no group are finite, too, at least `tiles.depth` of
+      those after the last group: then it is enough that one operand is masked
+      where a group ends, and nobody waits.
     tiles: how to cut; None looks the device up.
     blocks: persistent blocks; None takes one a multiprocessor.
   """

@@ -68,10 +68,22 @@ def plan(
 
 
 def gather(
-  x_MD: Float[Array, 'M D'], plan: Plan, *, impl: dispatch.Impl | None = None
+  x_MD: Float[Array, 'M D'],
+  plan: Plan,
+  *,
+  clear: int | None = None,
+  impl: dispatch.Impl | None = None,
 ) -> Float[Array, 'P D']:
-  """Copies each token to its places; positions of no group are zero."""
-  return _gather(_moves('gather', x_MD, plan, impl), x_MD, plan)
+  """Copies each token to its places; positions of no group are zero.
+
+  Args:
+    x_MD: tokens.
+    plan: their places.
+    clear: how many of the positions after the last group have to be zero; what
+      those that follow hold is not defined. None = all of them.
+    impl: backend; None picks the best for this platform.
+  """
+  return _gather(_moves('gather', x_MD, plan, impl), clear, x_MD, plan)
 
 
 def combine(
@@ -121,16 +133,17 @@ def _moves(operation, z, plan, impl) -> layout.Moves:
   return dispatch.pick(operation, impl, MOVES, refusals)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(moves, x_MD, plan):
-  return moves.gather(x_MD, plan)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(moves, clear, x_MD, plan):
+  return moves.gather(x_MD, plan, clear)
 
 
-def _gather_forward(moves, x_MD, plan):
-  return moves.gather(x_MD, plan), plan.place_MX
+def _gather_forward(moves, clear, x_MD, plan):
+  return moves.gather(x_MD, plan, clear), plan.place_MX
 
 
-def _gather_backward(moves, place_MX, dx_PD):
+def _gather_backward(moves, clear, place_MX, dx_PD):
+  del clear
   return moves.combine(dx_PD, place_MX, None), None
 
 

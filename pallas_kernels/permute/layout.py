@@ -27,14 +27,15 @@ class Moves(NamedTuple):
   """How a backend moves rows.
 
   Attributes:
-    gather: (x_MD, plan) -> x_PD. Positions of no token are zero.
+    gather: (x_MD, plan, clear) -> x_PD. Positions of no token are zero; of
+      those after the last group at least `clear`, None = all of them.
     combine: (y_PD, place_MX, weight_MX) -> y_MD, summed in float32; weights
       None are 1, and place P is a row of zeros.
     weight_gradient: (y_PD, dy_MD, place_MX) -> float32[M, X], the product of
       each of the rows with its token's.
   """
 
-  gather: Callable[[jax.Array, Plan], jax.Array]
+  gather: Callable[[jax.Array, Plan, int | None], jax.Array]
   combine: Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
   weight_gradient: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

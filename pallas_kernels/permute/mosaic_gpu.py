@@ -27,7 +27,6 @@ LANES = 8  # choices come in multiples of this
 GROUPS = 64  # groups come in multiples of this, a swizzled tile's width
 WIDEST = 256  # groups of a wgmma
 RANKERS = 128  # blocks that rank; each carries its counts along its tokens
-BOX = 256  # longest side of a bulk copy
 WIDTH = 128  # rows come in multiples of this, one value a thread
 TOKEN_BYTES = 48 << 10  # of all rows of a token: two lie in shared memory
 GATHER_SLOTS, GATHER_AHEAD = 8, 4  # rows in shared memory; loads in flight
@@ -201,20 +200,20 @@ def _rank_body(
     counts_ref[block, groups] = counts.astype(jnp.int32)
 
 
-def _box(width: int) -> tuple[int, int]:
-  """`width` as two sides that a bulk copy can have, both at most BOX."""
-  side = next(s for s in range(BOX, 0, -LANES) if width % s == 0)
-  return width // side, side
-
-
 def gather(
-  x_MD: jax.Array, plan: layout.Plan, *, blocks: int | None = None
+  x_MD: jax.Array,
+  plan: layout.Plan,
+  clear: int | None = None,
+  *,
+  blocks: int | None = None,
 ) -> jax.Array:
   """Copies each token's row to its places; zeros where there is no token.
 
   Args:
     x_MD: tokens, bfloat16 or float32.
     plan: their places, and where groups begin and end.
+    clear: of the positions after the last group only so many are set to zero,
+      the others are left as they were in memory; None = all are zero.
     blocks: persistent blocks; None takes two a multiprocessor.
 
   Returns:
@@ -222,9 +221,11 @@ def gather(
   """
   positions = plan.source_P.shape[0]
   tokens, width = x_MD.shape
-  box = _box(width)
+  box = hopper.box(width)
   kernel = plgpu.kernel(
-    _gather_body,
+    functools.partial(
+      _gather_body, clear=positions if clear is None else clear
+    ),
     out_type=jax.ShapeDtypeStruct((positions, *box), x_MD.dtype),
     scratch_types={
       'ring': plgpu.SMEM((GATHER_SLOTS, *box), x_MD.dtype),
@@ -242,7 +243,7 @@ def gather(
 
 
 def _gather_body(
-  x_ref, sizes_ref, start_ref, place_ref, out_ref, *, ring, zero, full
+  x_ref, sizes_ref, start_ref, place_ref, out_ref, *, ring, zero, full, clear
 ):
   block, blocks = lax.axis_index('block'), lax.axis_size('block')
   tokens, choices = place_ref.shape
@@ -260,20 +261,21 @@ def _gather_body(
   zero[...] = jnp.zeros(zero.shape, zero.dtype)
   plgpu.commit_smem()
 
-  def clear(position, _):
+  def erase(position, _):
     plgpu.copy_smem_to_gmem(zero, out_ref.at[position])
 
   def gap(index, _):
     group = block + index * blocks
     end = start_ref[group] + sizes_ref[group]
-    lax.fori_loop(end, start_ref[group + 1], clear, None)
+    lax.fori_loop(end, start_ref[group + 1], erase, None)
 
   # A gap is at most align - 1 rows, except that after the last group.
   lax.fori_loop(0, lax.div(groups - block + blocks - 2, blocks), gap, None)
-  tail = start_ref[groups - 1] + sizes_ref[groups - 1] + block
-  left = lax.div(jnp.maximum(positions - tail + blocks - 1, 0), blocks)
+  tail = start_ref[groups - 1] + sizes_ref[groups - 1]
+  count = jnp.minimum(positions - tail, clear)
+  left = lax.div(jnp.maximum(count - block + blocks - 1, 0), blocks)
   lax.fori_loop(
-    0, left, lambda index, _: clear(tail + index * blocks, None), None
+    0, left, lambda index, _: erase(tail + block + index * blocks, None), None
   )
 
   def token(index, _):
@@ -321,7 +323,7 @@ def combine(
     y_PD = jnp.pad(y_PD, ((0, 1), (0, 0)))
   positions, width = y_PD.shape
   tokens, choices = place_MX.shape
-  box = _box(width)
+  box = hopper.box(width)
   weights = () if weight_MX is None else (weight_MX.astype(jnp.float32),)
   kernel = plgpu.kernel(
     _combine_body if weights else functools.partial(_combine_body, None),

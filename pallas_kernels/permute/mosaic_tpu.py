@@ -35,9 +35,14 @@ def refusal(dtype: jnp.dtype, width: int) -> str | None:
 
 
 def gather(
-  x_MD: jax.Array, plan: layout.Plan, *, chip: tiles_tpu.Chip | None = None
+  x_MD: jax.Array,
+  plan: layout.Plan,
+  clear: int | None = None,
+  *,
+  chip: tiles_tpu.Chip | None = None,
 ) -> jax.Array:
-  """Each position's token; zeros where there is none; see `layout.Moves`."""
+  """Each position's token; zeros where there is none, whatever `clear`."""
+  del clear
   tokens, choices = plan.place_MX.shape
   token_P = jnp.minimum(plan.source_P // choices, tokens)
   return gather_rows(x_MD, token_P, chip=chip)

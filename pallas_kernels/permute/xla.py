@@ -34,8 +34,11 @@ def plan(
   return layout.Plan(sizes_G, start_G, place_MX, source_P)
 
 
-def gather(x_MD: jax.Array, plan: layout.Plan) -> jax.Array:
-  """Each position's token; zeros where there is none."""
+def gather(
+  x_MD: jax.Array, plan: layout.Plan, clear: int | None = None
+) -> jax.Array:
+  """Each position's token; zeros where there is none, whatever `clear`."""
+  del clear
   token_P = plan.source_P // plan.place_MX.shape[1]
   return x_MD.at[token_P].get(mode='fill', fill_value=0)
 

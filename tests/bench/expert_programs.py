@@ -113,12 +113,17 @@ def function(program: Program) -> Callable:
       if program.direction == 'forward':
         return layer(*operands)
       x, index, weight, *matrices, dy = operands
-      y, pull = jax.vjp(
-        lambda x, weight, *ws: layer(x, index, weight, *ws),
-        x,
-        weight,
-        *matrices,
-      )
+      if kind == 'communication':  # no matrices: their gradients are zeros
+        y, pull = jax.vjp(
+          lambda x, weight: layer(x, index, weight, *matrices), x, weight
+        )
+      else:
+        y, pull = jax.vjp(
+          lambda x, weight, *ws: layer(x, index, weight, *ws),
+          x,
+          weight,
+          *matrices,
+        )
       return y, *pull(dy)
 
   return run

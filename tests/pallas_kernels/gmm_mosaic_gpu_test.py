@@ -200,16 +200,17 @@ class MosaicGpuTest(parameterized.TestCase):
 
 
 class SegmentsTest(absltest.TestCase):
-  def test_every_row_is_written_once_by_its_group(self):
+  def test_rows_are_written_once_by_their_group_or_left(self):
     rng = np.random.default_rng(0)
     groups, rows, most = 6, 1024, 40
-    plan_of = jax.jit(layout.segments, static_argnums=(1, 2, 3, 4))
+    plan_of = jax.jit(layout.segments, static_argnums=(1, 2, 3, 4, 5))
     owner_of = jax.jit(ref.group_of_rows, static_argnums=(1, 2))
     for trial in range(60):
       align, members = (8, 64)[trial % 2], 1 + trial % 3
       law = rng.dirichlet([0.3] * groups)
       sizes = rng.multinomial(int(rng.integers(0, 600)), law)
-      plan = plan_of(sizes, rows, align, most, members)
+      clear = (None, 0, 16)[trial % 3]
+      plan = plan_of(sizes, rows, align, most, members, clear)
       plan = jax.tree.map(np.asarray, plan)
       writes, owner = np.zeros(rows, int), np.full(rows, groups)
       found = zip(*(z[: plan.count_1[0]] for z in plan[:-1]))
@@ -219,7 +220,9 @@ class SegmentsTest(absltest.TestCase):
         self.assertLessEqual(extent, tile * members)
         writes[row : row + extent] += 1
         owner[row : row + valid] = group
-      np.testing.assert_array_equal(writes, 1)
+      end = (-(-sizes // align) * align).sum()
+      last = rows if clear is None else end + clear
+      np.testing.assert_array_equal(writes, np.arange(rows) < last)
       np.testing.assert_array_equal(owner, owner_of(sizes, rows, align))
 
 

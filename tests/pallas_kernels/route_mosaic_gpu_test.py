@@ -172,7 +172,7 @@ class MoveTest(parameterized.TestCase):
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(moves):
-      x_PD, pull_x = jax.vjp(lambda x: api._gather(moves, x, where), x_MD)
+      x_PD, pull_x = jax.vjp(lambda x: api._gather(moves, None, x, where), x_MD)
       y_MD, pull_y = jax.vjp(
         lambda y, w: api._combine(moves, y, w, where.place_MX, where.source_P),
         dx_PD,
@@ -190,6 +190,21 @@ class MoveTest(parameterized.TestCase):
       self.assertEqual(ours.dtype, spec.dtype, name)
       tolerance = ROW_TOLERANCE['bfloat16' if name == 'dw' else dtype]
       assert_close(self, ours, spec, tolerance)
+
+  @parameterized.parameters(0, 16, 1000)
+  def test_gather_leaves_what_it_need_not_clear(self, clear):
+    tokens, groups, choices, align = 70, 6, 3, 8
+    index_MX = indices(tokens, groups, choices, 'outside')
+    where = xla.plan(index_MX, groups, align)
+    x_MD = rows(0, tokens, 128, jnp.bfloat16)
+    with hopper_cases.compiled_here():
+      got = np.float32(MOVES.gather(x_MD, where, clear))
+    end = int(where.start_G[-1] + where.sizes_G[-1]) + clear
+    np.testing.assert_array_equal(
+      got[:end], np.float32(xla.gather(x_MD, where))[:end]
+    )
+    if not GPU:  # an interpreted kernel has NaN where it writes nothing
+      self.assertTrue(np.isnan(got[end:]).all())
 
   def test_runs_are_bitwise_equal(self):
     if not GPU:
@@ -251,7 +266,7 @@ class LowerTest(parameterized.TestCase):
           functools.partial(mosaic_gpu.combine, blocks=264),
           mosaic_gpu.weight_gradient,
         )
-        x_PD = api._gather(moves, x_MD, where)
+        x_PD = api._gather(moves, None, x_MD, where)
         return api._combine(
           moves, x_PD, weight_MX, where.place_MX, where.source_P
         )

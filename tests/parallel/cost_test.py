@@ -119,6 +119,11 @@ class ChoiceTest(parameterized.TestCase):
     self.assertGreater(choice.chunks, 1)
     self.assertRegex(choice.reason, r'ms a layer.*others: gather \d')
 
+  @parameterized.parameters('NVIDIA H100 80GB HBM3', 'NVIDIA H200')
+  def test_over_two_gpus_it_is_what_was_fastest_there(self, kind):
+    for tokens in (8192, 16384):  # tests/bench/results/expert_parallel-*
+      self.assertEqual(cost.choose(m2(tokens, 2), kind)[:2], ('gather', 1))
+
   def test_few_tokens_are_not_cut(self):
     self.assertEqual(cost.choose(m2(64, 8), 'TPU v5').chunks, 1)
 

@@ -5,9 +5,10 @@ import io
 from unittest import mock
 
 import jax
+import numpy as np
 from absl.testing import absltest, parameterized
 
-from m2.parallel import cost, experts
+from m2.parallel import cost, exchange, experts
 from tests.parallel import routings
 
 
@@ -114,6 +115,29 @@ class LoweringTest(parameterized.TestCase):
     # rest, and backward; these rounds' gradient sends there once more.
     self.assertEqual(module.count('@ragged_all_to_all'), 3 + 3 + 3 + (3 + 2))
     self.assertNotIn('all_gather', module)
+
+  @parameterized.parameters(1, 3, 24, 100)
+  def test_updates_of_a_block_are_its_rows_in_order(self, updates):
+    """GPUs send a block as several updates; any number gives the same."""
+    sent, copies = np.asarray([[5, 0], [24, 1]], np.int32), 24
+    x = np.arange(4 * copies, dtype=np.float32).reshape(-1, 1)
+    mesh, spec = jax.make_mesh((2,), ('expert',)), jax.P('expert')
+
+    want = np.zeros_like(x).reshape(2, 2, copies)
+    for source, target in np.ndindex(2, 2):
+      own = slice(sent[source, target])
+      want[target, source, own] = x.reshape(2, 2, copies)[source, target, own]
+    with (
+      mock.patch.object(exchange, '_updates', lambda *_: updates),
+      routings.emulated(),
+      jax.set_mesh(mesh),
+    ):
+      run = jax.shard_map(
+        exchange._ragged, in_specs=(spec,) * 3, out_specs=spec
+      )
+      operands = (x, sent.reshape(-1), sent.T.reshape(-1))
+      got = jax.jit(run)(*(jax.device_put(z, spec) for z in operands))
+    np.testing.assert_array_equal(got, want.reshape(-1, 1))
 
 
 if __name__ == '__main__':

@@ -83,14 +83,20 @@ def ragged_all_to_all(
     jax.lax.all_gather(z, axis_name)
     for z in (operand, input_offsets, send_sizes, output_offsets)
   )
-  me = jax.lax.axis_index(axis_name)
+  devices, total = sent.shape
+  first, sent, there = (
+    z.reshape(devices, devices, -1)[:, jax.lax.axis_index(axis_name)]
+    for z in (first, sent, there)
+  )
   place = jnp.arange(len(output))
-  for source in range(len(send_sizes)):
-    start = there[source, me]
-    here = (place >= start) & (place < start + sent[source, me])
-    index = jnp.clip(place - start + first[source, me], 0, len(operand) - 1)
-    output = jnp.where(here[:, None], rows[source][index], output)
-  agree = (sent[:, me] == recv_sizes).all()
+  for source in range(devices):
+    for update in range(total // devices):
+      start = there[source, update]
+      here = (place >= start) & (place < start + sent[source, update])
+      index = place - start + first[source, update]
+      index = jnp.clip(index, 0, len(operand) - 1)
+      output = jnp.where(here[:, None], rows[source][index], output)
+  agree = (sent.reshape(-1) == recv_sizes).all()
   return jnp.where(agree, output, jnp.nan)
 
 
