@@ -232,39 +232,38 @@ def decode_experts(results: Sequence[dict[str, Any]]) -> str:
 
 
 def expert_parallel(results: Sequence[dict[str, Any]]) -> str:
-  """The expert layer over two GPUs: our fastest way, and the peer."""
+  """The expert layer over two GPUs: each strategy's best, and the peer."""
 
   def milliseconds(row: dict[str, Any], name: str) -> str:
     found = row['seconds'].get(name)
     return f'{1e3 * found["median"]:.2f}' if found else ''
 
-  def cells(row: dict[str, Any]) -> list[str]:
-    best = max(row['hidden'], key=row['of_single'].__getitem__)
-    strategy, _, chunks = best.partition(':')
-    rate = row['useful_bytes_per_second'][strategy]
+  def cells(row: dict[str, Any], strategy: str, rate: float) -> list[str]:
+    names = [x for x in row['hidden'] if x.startswith(f'{strategy}:')]
+    best = max(names, key=row['of_single'].__getitem__)
     torch = row['of_single'].get('torch')
     return [
       {'forward': 'forward', 'both': 'with gradients'}[row['direction']],
       f'{row["tokens"]:,}',
       milliseconds(row, 'single'),
-      f'`{strategy}`, {chunks}',
+      f'`{strategy}`, {best.rpartition(":")[2]}',
       milliseconds(row, best),
-      f'{100 * row["of_single"][best]:.0f}%',
+      f'{100 * row["of_single"][best]:.1f}%',
       f'{100 * row["hidden"][best]:.0f}%',
       f'{rate / 1e9:,.0f}',
       milliseconds(row, 'torch'),
-      f'{100 * torch:.0f}%' if torch else '',
+      f'{100 * torch:.1f}%' if torch else '',
     ]
 
   rows = [
     [
-      *cells(row),
+      *cells(row, strategy, rate),
       f'{result["device"]} x {row["devices"]}',
       f'`{result["commit"][:9]}`',
     ]
     for result in results
     for row in result['rows']
-    if 'of_single' in row
+    for strategy, rate in row.get('useful_bytes_per_second', {}).items()
   ]
   head = (
     'layer', 'tokens a GPU', 'one GPU, ms', 'strategy, chunks', 'ms',
