@@ -3,17 +3,24 @@
 The format of the released MiniMax-M2 checkpoints: a matrix [R, C] of codes and
 a float32 matrix [ceil(R / 128), ceil(C / 128)] called `weight_scale_inv`; the
 weight is code times scale, despite that name. Blocks at the right and bottom
-edge may be ragged. Arrays here are NumPy: files are converted on the host.
+edge may be ragged. Arrays here are NumPy: files are converted on the host,
+weights from codes by a program that XLA compiles for its processor, which is
+ten times as fast as NumPy.
 
 Letters: R rows, C columns, r and c blocks along them, N = r * c blocks,
 I and J rows and columns inside a block.
 """
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from m2.checkpoint import host
 
 BLOCK = 128
 DTYPE = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -22,8 +29,9 @@ MAX = 448.0  # the largest finite code
 # Codes of the top binade. A block whose largest code is lower wastes a bit of
 # every weight, so this is where each quantiser puts the largest weight.
 _TOP = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-_STRIP = 64  # rows
+_STRIP = 2**20  # codes that are turned into weights together: in the cache
 _TINY = np.finfo(np.float32).tiny
+_NAN = 0x7FC00000
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -43,7 +51,8 @@ def dequantise(
     code_RC: float8_e4m3fn.
     scale_rc: float32, as `scale_shape` says; those of the whole matrix.
     out_RC: where the weights go, in its own type; None = a new float32 array.
-    first: row and column of the matrix at which `code_RC` begins.
+    first: row and column of the matrix at which `code_RC` begins. It may be a
+      view of any strides, such as a transpose.
 
   Returns:
     The weights, each the correctly rounded product (rounded once more where
@@ -54,13 +63,70 @@ def dequantise(
     out_RC = np.empty((rows, columns), np.float32)
   top, left = first
   scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, left : left + columns]
+  turn = _compiled if host.device() and not _faint(scale_rc) else _plain
+  height = BLOCK * max(1, _STRIP // (BLOCK * max(1, columns)))
   start = 0
-  while start < rows:  # a strip at a time stays in the cache
+  while start < rows:
     block, inside = divmod(top + start, BLOCK)
-    strip = slice(start, start + min(_STRIP, BLOCK - inside))
-    out_RC[strip] = _decode(code_RC[strip]) * scale_rC[block]
-    start = strip.stop
+    stop = min(rows, start + height - inside)
+    scale = scale_rC[block : -(-(top + stop) // BLOCK)]
+    out_RC[start:stop] = turn(code_RC[start:stop], scale, inside, out_RC.dtype)
+    start = stop
   return out_RC
+
+
+def _plain(code_RC, scale_rC, inside, dtype) -> np.ndarray:
+  """Weights of rows that begin `inside` the first block, by NumPy."""
+  del dtype
+  scale_RC = np.repeat(scale_rC, BLOCK, axis=0)
+  return _decode(code_RC) * scale_RC[inside : inside + len(code_RC)]
+
+
+def _compiled(code_RC, scale_rC, inside, dtype) -> np.ndarray:
+  """The same by XLA."""
+  code = code_RC.view(np.uint8)
+  if abs(code.strides[0]) < abs(code.strides[1]):  # the view of a transpose
+    code = host.transpose(code.T)
+  with host.COMPILING:
+    run = _program(code.shape, len(scale_rC), inside, dtype)
+  return np.asarray(run(np.ascontiguousarray(code), scale_rC))
+
+
+@functools.cache
+def _program(shape, blocks, inside, dtype) -> Callable:
+  """What `_compiled` runs, for arrays of these shapes."""
+  rows, columns = shape
+
+  def weights(code_RC, scale_rC):
+    scale_rIC = jnp.broadcast_to(scale_rC[:, None], (blocks, BLOCK, columns))
+    scale_RC = scale_rIC.reshape(blocks * BLOCK, columns)
+    return (_values(code_RC) * scale_RC[inside : inside + rows]).astype(dtype)
+
+  return host.compiled(
+    weights,
+    jax.ShapeDtypeStruct(shape, np.uint8),
+    jax.ShapeDtypeStruct((blocks, columns), np.float32),
+  )
+
+
+def _values(code: jax.Array) -> jax.Array:
+  """The float32 values of uint8 codes, by way of normal numbers alone."""
+  size = (code & 0x7F).astype(jnp.int32)
+  # Bits move to their places; 120 is the difference of the exponents' biases.
+  # Below 2^-6 codes are multiples of 2^-9.
+  fine = jax.lax.bitcast_convert_type(
+    size.astype(jnp.float32) * np.float32(2.0**-9), jnp.int32
+  )
+  bits = jnp.where(size < 8, fine, (size << 20) + (120 << 23))
+  bits |= (code & 0x80).astype(jnp.int32) << 24
+  bits = jnp.where(size == 0x7F, _NAN, bits)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _faint(scale_rc: np.ndarray) -> bool:
+  """Whether weights may lie below the normal numbers, which XLA makes zeros."""
+  size_rc = np.abs(scale_rc)
+  return bool(((size_rc > 0) & (size_rc < _TINY * 2.0**9)).any())
 
 
 def _decode(code: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import tqdm
 
-from m2.checkpoint import planes, shards, storage
+from m2.checkpoint import fp8, planes, shards, storage
 
 RUN = 16 * 2**20  # bytes that one request reads at the most
 IN_FLIGHT = 16 * RUN  # bytes of files in memory at a time
@@ -64,6 +64,7 @@ def stretches(
     ]
     row_bytes = tensor.nbytes // need.slot.shape[0]
     step = max(1, RUN // row_bytes)
+    step -= step % fp8.BLOCK if step > fp8.BLOCK else 0
     for rows in _union([part.plane.rows for part in here]):
       for first in range(rows.start, rows.stop, step):
         last = min(first + step, rows.stop)

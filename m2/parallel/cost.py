@@ -70,8 +70,8 @@ class Chip:
 # about TPUs". A TPU7x chip is two devices, which share its links.
 # GPUs: NVIDIA's datasheets; NVLink is 450e9, of which an all-reduce over two
 # H100 was measured to reach 329e9 (bus bandwidth, 1 GiB); the share of
-# ragged_all_to_all and the placing are of `tests/bench/expert_parallel.py` on two
-# H200. No TPU's placing was measured.
+# ragged_all_to_all and the placing are of `tests/bench/expert_parallel.py` on
+# two H200. No TPU's placing was measured.
 CHIPS: Mapping[str, Chip] = {
   'TPU v5 lite': Chip(1.97e14, 16e9, 8.1e11, 4.5e10, 2, 5e-6, 1.0, 0, False),
   'TPU v5': Chip(4.59e14, 95e9, 2.8e12, 9e10, 3, 5e-6, 1.0, 0, False),

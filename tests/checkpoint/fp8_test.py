@@ -1,9 +1,12 @@
 """FP8 blocks: the format's arithmetic, and bytes that survive a round trip."""
 
+from unittest import mock
+
+import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from m2.checkpoint import fp8
+from m2.checkpoint import fp8, host
 
 SHAPES = ((128, 128), (256, 384), (130, 200), (40, 300))
 
@@ -47,6 +50,40 @@ class Fp8Test(parameterized.TestCase):
     got = fp8.dequantise(code[70:220, 130:330], scale, out, (70, 130))
     want = fp8.dequantise(code, scale)[70:220, 130:330]
     np.testing.assert_array_equal(got, want.astype(np.float16))
+
+  @parameterized.product(
+    shape=((300, 400), (256, 1536), (7, 2100)),
+    flipped=(False, True),
+    dtype=(np.float32, ml_dtypes.bfloat16),
+    first=((0, 0), (70, 130)),
+    strip=(2**9, 2**19),
+  )
+  def test_compiled_and_plain_give_the_same_bits(
+    self, shape, flipped, dtype, first, strip
+  ):
+    rng = np.random.default_rng(shape)
+    whole = tuple(n + at for n, at in zip(shape, first))
+    code = rng.integers(0, 256, whole, np.uint8).view(fp8.DTYPE)
+    scale = scales(whole)
+    code = code[first[0] :, first[1] :]
+    if flipped:
+      code, scale, first = code.T, scale.T, first[::-1]
+    found = []
+    for device in (host.device(), None):
+      out = np.empty(code.shape, dtype)
+      with (
+        mock.patch.object(fp8, '_STRIP', strip),
+        mock.patch.object(host, 'device', lambda device=device: device),
+      ):
+        found.append(fp8.dequantise(code, scale, out, first).tobytes())
+    self.assertEqual(*found)
+
+  def test_weights_below_the_normal_numbers_are_kept(self):
+    code = np.arange(256, dtype=np.uint8).view(fp8.DTYPE)[None]
+    scale = np.array([[2.0**-130, 2.0**-125]], np.float32)
+    want = code.astype(np.float32) * np.repeat(scale, 128, axis=1)
+    self.assertGreater((np.abs(want[0, :100]) > 0).sum(), 90)
+    np.testing.assert_array_equal(fp8.dequantise(code, scale), want)
 
   def test_codes_are_the_nearest_ties_to_even(self):
     value = np.arange(127, dtype=np.uint8).view(fp8.DTYPE).astype(np.float32)
