@@ -29,7 +29,7 @@ MAX = 448.0  # the largest finite code
 # Codes of the top binade. A block whose largest code is lower wastes a bit of
 # every weight, so this is where each quantiser puts the largest weight.
 _TOP = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-_STRIP = 2**20  # codes that are turned into weights together: in the cache
+_STRIP = 2**21  # codes that are turned into weights together, at the most
 _TINY = np.finfo(np.float32).tiny
 _NAN = 0x7FC00000
 
@@ -48,11 +48,10 @@ def dequantise(
   """Weights of a quantised matrix, or of a rectangle cut out of one.
 
   Args:
-    code_RC: float8_e4m3fn.
+    code_RC: float8_e4m3fn; may be a view, such as of a transpose.
     scale_rc: float32, as `scale_shape` says; those of the whole matrix.
     out_RC: where the weights go, in its own type; None = a new float32 array.
-    first: row and column of the matrix at which `code_RC` begins. It may be a
-      view of any strides, such as a transpose.
+    first: row and column of the matrix at which `code_RC` begins.
 
   Returns:
     The weights, each the correctly rounded product (rounded once more where
@@ -64,7 +63,9 @@ def dequantise(
   top, left = first
   scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, left : left + columns]
   turn = _compiled if host.device() and not _faint(scale_rc) else _plain
-  height = BLOCK * max(1, _STRIP // (BLOCK * max(1, columns)))
+  # Strips of whole blocks, nearly all of one height: of one program.
+  strips = -(-rows * columns // _STRIP)
+  height = BLOCK * -(-rows // (BLOCK * max(1, strips)))
   start = 0
   while start < rows:
     block, inside = divmod(top + start, BLOCK)
