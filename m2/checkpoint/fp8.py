@@ -62,7 +62,8 @@ def dequantise(
     out_RC = np.empty((rows, columns), np.float32)
   top, left = first
   scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, left : left + columns]
-  turn = _compiled if host.device() and not _faint(scale_rc) else _plain
+  compiled = host.pays(code_RC.size) and not _faint(scale_rc)
+  turn = _compiled if compiled else _plain
   # Strips of whole blocks, nearly all of one height: of one program.
   strips = -(-rows * columns // _STRIP)
   height = BLOCK * -(-rows // (BLOCK * max(1, strips)))

@@ -1,8 +1,8 @@
 """What XLA compiles for the host's own processor while files are converted.
 
 NumPy passes over memory once an operation; a compiled program passes once, and
-in wide registers. Where JAX was told to leave the CPU out there is no such
-program, and callers use NumPy, for the same bytes.
+in wide registers. Callers use NumPy, for the same bytes, where a call costs
+more than it saves, and where JAX was told to leave the CPU out.
 
 Letters: R rows and C columns of a matrix of bytes; r and c words of four bytes
 along them, w and v of the bytes in one.
@@ -18,6 +18,7 @@ import numpy as np
 
 _LOW = np.uint32(0x0000FFFF)  # of a word's bytes, the two that come first
 _EVEN = np.uint32(0x00FF00FF)
+LEAST = 2**16  # values for which a program is worth its call
 # Held by who looks a program up, so that threads do not make the same one.
 COMPILING = threading.Lock()
 
@@ -29,6 +30,11 @@ def device() -> jax.Device | None:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
     return None
+
+
+def pays(size: int) -> bool:
+  """Whether so many values are worth a program, and there can be one."""
+  return size >= LEAST and device() is not None
 
 
 def compiled(run: Callable, *shapes: jax.ShapeDtypeStruct) -> Callable:
@@ -45,7 +51,7 @@ def compiled(run: Callable, *shapes: jax.ShapeDtypeStruct) -> Callable:
 def transpose(x_RC: np.ndarray) -> np.ndarray:
   """The transpose of a matrix, in order in memory."""
   rows, columns = x_RC.shape
-  if x_RC.itemsize > 1 or rows % 4 or columns % 4 or not device():
+  if x_RC.itemsize > 1 or rows % 4 or columns % 4 or not pays(x_RC.size):
     return _transpose_words(x_RC)
   words_rwc = np.ascontiguousarray(x_RC).view(np.uint32)
   words_rwc = words_rwc.reshape(rows // 4, 4, columns // 4)

@@ -9,10 +9,11 @@ test beside this file fails when README and the results differ.
 
 import pathlib
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tests.bench import record
+from tests.bench import layer_tables, record
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = ROOT / 'README.md'
@@ -20,14 +21,6 @@ LAUNCH = ROOT / 'launch' / 'README.md'
 BLOCK = re.compile(
   r'(<!-- results: (?P<name>\w+) -->\n)(?P<body>.*?)(<!-- end -->)', re.DOTALL
 )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table; '' without rows."""
-  if not rows:
-    return ''
-  lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
-  return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def points(difference: dict[str, Any] | None) -> str:
@@ -49,7 +42,7 @@ def quickstart(results: Sequence[dict[str, Any]]) -> str:
     'seed', 'SFT', 'RL', 'RL over SFT, points', 'evolve round', 'n',
     'minutes', 'peak GiB', 'machine', 'commit',
   )  # fmt: skip
-  return table(head, rows)
+  return layer_tables.table(head, rows)
 
 
 def quickstart_row(device: str, run: dict[str, Any]) -> list[str]:
@@ -93,216 +86,7 @@ def step_time(results: Sequence[dict[str, Any]]) -> str:
     'config', 'parameters', 'tokens a step', 'median ms', 'n', 'tokens/s',
     'device', 'commit',
   )  # fmt: skip
-  return table(head, rows)
-
-
-def by_tokens(result: dict[str, Any]) -> list[dict[str, Any]]:
-  """A result's rows; those of a case, such as a rate, need no tokens."""
-
-  def size(row: dict[str, Any]) -> tuple[int, int]:
-    return row.get('tokens', 0), row.get('experts', 0)
-
-  return sorted(result['rows'], key=size)
-
-
-def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
-  """The experts' first product, evenly routed."""
-
-  def shown(row: dict[str, Any]) -> bool:
-    return row['operation'] == 'product' and row['routing'] == 'uniform'
-
-  rows = [
-    [
-      str(row['experts']),
-      f'{row["tokens"]:,}',
-      *(
-        f'{1e3 * row["seconds"][name]["median"]:.2f}'
-        if name in row['seconds']
-        else ''
-        for name in ('mosaic_gpu', 'torch.grouped_mm', 'xla')
-      ),
-      f'{row["ratio_to_floor"]:.2f}',
-      result['device'],
-      f'`{result["commit"][:9]}`',
-    ]
-    for result in results
-    for row in by_tokens(result)
-    if 'seconds' in row and shown(row)
-  ]
-  head = (
-    'experts', 'tokens', 'Pallas ms', 'torch ms', 'XLA ms', 'over floor',
-    'device', 'commit',
-  )  # fmt: skip
-  return table(head, rows)
-
-
-def moe(results: Sequence[dict[str, Any]]) -> str:
-  """The whole expert layer, evenly routed, forward and with all gradients."""
-
-  def milliseconds(row: dict[str, Any], name: str) -> str:
-    found = row['seconds'].get(name)
-    return f'{1e3 * found["median"]:.2f}' if found else ''
-
-  def saved(row: dict[str, Any], name: str) -> str:
-    size = row['saved_bytes'].get(name)
-    return f'{size / 2**20:,.0f}' if size else ''
-
-  rows = [
-    [
-      {'forward': 'forward', 'both': 'with gradients'}[row['direction']],
-      str(row['experts']),
-      f'{row["tokens"]:,}',
-      *(milliseconds(row, x) for x in ('mosaic_gpu', 'torch', 'torch.compile')),
-      f'{row["ratio_to_floor"]:.2f}',
-      *(saved(row, name) for name in ('mosaic_gpu', 'torch')),
-      result['device'],
-      f'`{result["commit"][:9]}`',
-    ]
-    for result in results
-    for row in by_tokens(result)
-    if row.get('routing') == 'uniform'
-  ]
-  head = (
-    'layer', 'experts', 'tokens', 'Pallas ms', 'torch ms', 'torch.compile ms',
-    'over floor', 'keeps MiB', 'torch keeps MiB', 'device', 'commit',
-  )  # fmt: skip
-  return table(head, rows)
-
-
-def route(results: Sequence[dict[str, Any]]) -> str:
-  """What comes before and after the experts, evenly routed."""
-  rows = [
-    [
-      row['part'],
-      str(row['experts']),
-      f'{row["tokens"]:,}',
-      *(
-        f'{1e6 * row["seconds"][name]["median"]:.0f}'
-        for name in ('ours', 'torch', 'xla')
-      ),
-      f'{row["ratio_to_floor"]:.2f}',
-      result['device'],
-      f'`{result["commit"][:9]}`',
-    ]
-    for result in results
-    for row in by_tokens(result)
-    if row['part'] in ('permute', 'combine') and row['routing'] == 'uniform'
-  ]
-  head = (
-    'part', 'experts', 'tokens', 'Pallas us', 'torch us', 'XLA us',
-    'over floor', 'device', 'commit',
-  )  # fmt: skip
-  return table(head, rows)
-
-
-def decode_experts(results: Sequence[dict[str, Any]]) -> str:
-  """All experts on one device, evenly routed."""
-
-  def shown(row: dict[str, Any]) -> bool:
-    return row.get('routing') == 'uniform' and row['held'] == 256
-
-  def microseconds(row: dict[str, Any], name: str) -> str:
-    found = row['seconds'].get(name)
-    return f'{1e6 * found["median"]:,.0f}' if found else ''
-
-  rows = [
-    [
-      str(row['tokens']),
-      row['format'],
-      f'{row["distinct"]:.0f}',
-      microseconds(row, 'mosaic_gpu'),
-      f'{1e6 * row["floor_seconds"]:,.0f}',
-      f'{100 * row["share"]:.0f}%',
-      microseconds(row, 'training path'),
-      microseconds(row, 'torch.grouped_mm'),
-      str(row['seconds']['mosaic_gpu']['n']),
-      result['device'],
-      f'`{result["commit"][:9]}`',
-    ]
-    for result in results
-    for row in result['rows']
-    if shown(row)
-  ]
-  head = (
-    'tokens', 'weights', 'experts read', 'us', 'reading alone, us',
-    'share of bandwidth', 'our training path, us', 'torch, us', 'n',
-    'device', 'commit',
-  )  # fmt: skip
-  return table(head, rows)
-
-
-def expert_parallel(results: Sequence[dict[str, Any]]) -> str:
-  """The expert layer over two GPUs: each strategy's best, and the peer."""
-
-  def milliseconds(row: dict[str, Any], name: str) -> str:
-    found = row['seconds'].get(name)
-    return f'{1e3 * found["median"]:.2f}' if found else ''
-
-  def cells(row: dict[str, Any], strategy: str, rate: float) -> list[str]:
-    names = [x for x in row['hidden'] if x.startswith(f'{strategy}:')]
-    best = max(names, key=row['of_single'].__getitem__)
-    torch = row['of_single'].get('torch')
-    return [
-      {'forward': 'forward', 'both': 'with gradients'}[row['direction']],
-      f'{row["tokens"]:,}',
-      milliseconds(row, 'single'),
-      f'`{strategy}`, {best.rpartition(":")[2]}',
-      milliseconds(row, best),
-      f'{100 * row["of_single"][best]:.1f}%',
-      f'{100 * row["hidden"][best]:.0f}%',
-      f'{rate / 1e9:,.0f}',
-      milliseconds(row, 'torch'),
-      f'{100 * torch:.1f}%' if torch else '',
-    ]
-
-  rows = [
-    [
-      *cells(row, strategy, rate),
-      f'{result["device"]} x {row["devices"]}',
-      f'`{result["commit"][:9]}`',
-    ]
-    for result in results
-    for row in result['rows']
-    for strategy, rate in row.get('useful_bytes_per_second', {}).items()
-  ]
-  head = (
-    'layer', 'tokens a GPU', 'one GPU, ms', 'strategy, chunks', 'ms',
-    'of one GPU', 'hidden', 'useful GB/s', 'torch, ms', 'torch of one GPU',
-    'device', 'commit',
-  )  # fmt: skip
-  return table(head, rows)
-
-
-def tpu_kernels(results: Sequence[dict[str, Any]]) -> str:
-  """What the compiler says of the largest kernels, at one shape."""
-  names = 'up', 'down_backward', 'weight_gradient', 'product', 'megablox'
-
-  def mebibytes(row: dict[str, Any]) -> str:
-    if not row.get('vmem_bytes'):
-      return ''
-    return f'{row["vmem_bytes"] / 2**20:.0f} of {row["vmem_limit"] >> 20}'
-
-  rows = [
-    [
-      f'`{row["operation"]}`',
-      row['device'],
-      f'{row["moved_over_ideal"]:.2f}',
-      mebibytes(row),
-      f'{100 * row["matrix_slots"]:.0f}%',
-      f'{1e3 * row["optimal_seconds"]:.2f}',
-      f'{row["compile_seconds"]:.1f}',
-      f'`{result["commit"][:9]}`',
-    ]
-    for name in names
-    for result in results
-    for row in result['rows']
-    if (row['operation'], row['tokens'], row['experts']) == (name, 8192, 256)
-  ]
-  head = (
-    'kernel', 'compiled for', 'bytes / ideal', 'vector memory, MiB',
-    'matrix slots filled', "compiler's estimate, ms", 'compile s', 'commit',
-  )  # fmt: skip
-  return table(head, rows)
+  return layer_tables.table(head, rows)
 
 
 def plan(results: Sequence[dict[str, Any]]) -> str:
@@ -341,7 +125,37 @@ def plan(results: Sequence[dict[str, Any]]) -> str:
     'over count', 'least ms (by)', 'MFU at most', 'tokens/s a chip at most',
     'compile s', 'compiler GiB', 'commit',
   )  # fmt: skip
-  return table(head, rows)
+  return layer_tables.table(head, rows)
+
+
+def stream(results: Sequence[dict[str, Any]]) -> str:
+  """Medians of the loads of each machine, in bytes of files a second."""
+
+  def cells(result: dict[str, Any]) -> list[str]:
+    loads = [row for row in result['rows'] if row['case'] == 'load']
+
+    def median(name: str) -> float:
+      return statistics.median(row[name] for row in loads)
+
+    saves = [row for row in result['rows'] if 'codes_equal' in row]
+    same = min(row['codes_equal'] for row in saves)
+    return [
+      f'{loads[0]["bytes"] / 1e9:.1f}',
+      *(f'{median(name) / 1e9:.2f}' for name in ('disk', 'core', 'load')),
+      f'{100 * median("of_slower"):.0f}%',
+      f'{(median("peak") - loads[0]["share"]) / 2**30:.2f}',
+      f'{100 * same:.0f}%',
+      str(len(loads)),
+      result['device'],
+      f'`{result["commit"][:9]}`',
+    ]
+
+  head = (
+    'GB in files', 'disk, GB/s', 'one core, GB/s', 'load, GB/s',
+    'of the slower', 'peak over weights, GiB', 'codes that came back', 'n',
+    'machine', 'commit',
+  )  # fmt: skip
+  return layer_tables.table(head, [cells(result) for result in results])
 
 
 def difference(row: dict[str, Any]) -> str:
@@ -351,12 +165,8 @@ def difference(row: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'quickstart': quickstart,
   'step_time': step_time,
-  'grouped_matmul': grouped_matmul,
-  'moe': moe,
-  'route': route,
-  'decode_experts': decode_experts,
-  'expert_parallel': expert_parallel,
-  'tpu_kernels': tpu_kernels,
+  **layer_tables.TABLES,
+  'stream': stream,
 }
 
 

@@ -15,7 +15,8 @@ EMPTY = '<!-- results: quickstart -->\nold\n<!-- end -->\n' + (
   '<!-- results: route -->\n<!-- end -->\n'
   '<!-- results: decode_experts -->\n<!-- end -->\n'
   '<!-- results: expert_parallel -->\n<!-- end -->\n'
-  '<!-- results: tpu_kernels -->\n<!-- end -->'
+  '<!-- results: tpu_kernels -->\n<!-- end -->\n'
+  '<!-- results: stream -->\n<!-- end -->'
 )
 
 
@@ -38,7 +39,7 @@ class ReadmeTest(absltest.TestCase):
     folder = pathlib.Path(self.create_tempdir().full_path)
     text = readme.render(EMPTY, folder)
     self.assertNotIn('old', text)
-    self.assertEqual(text.count('Not measured yet.'), 8)
+    self.assertEqual(text.count('Not measured yet.'), 9)
 
   def test_a_run_becomes_a_row(self):
     folder = pathlib.Path(self.create_tempdir().full_path)

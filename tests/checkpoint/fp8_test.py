@@ -51,15 +51,16 @@ class Fp8Test(parameterized.TestCase):
     want = fp8.dequantise(code, scale)[70:220, 130:330]
     np.testing.assert_array_equal(got, want.astype(np.float16))
 
-  @parameterized.product(
-    shape=((300, 400), (256, 1536), (7, 2100)),
-    flipped=(False, True),
-    dtype=(np.float32, ml_dtypes.bfloat16),
-    first=((0, 0), (70, 130)),
-    strip=(2**9, 2**21),
+  @parameterized.parameters(
+    # Shape, whether it is the view of a transpose, its first row and column,
+    # the weights' type, and codes of a strip at the most.
+    ((300, 400), False, (0, 0), np.float32, 2**21),
+    ((300, 400), True, (0, 0), ml_dtypes.bfloat16, 2**21),
+    ((200, 300), True, (70, 130), np.float32, 2**9),
+    ((7, 2100), False, (70, 130), ml_dtypes.bfloat16, 2**9),
   )
   def test_compiled_and_plain_give_the_same_bits(
-    self, shape, flipped, dtype, first, strip
+    self, shape, flipped, first, dtype, strip
   ):
     rng = np.random.default_rng(shape)
     whole = tuple(n + at for n, at in zip(shape, first))
@@ -73,6 +74,7 @@ class Fp8Test(parameterized.TestCase):
       out = np.empty(code.shape, dtype)
       with (
         mock.patch.object(fp8, '_STRIP', strip),
+        mock.patch.object(host, 'LEAST', 1),
         mock.patch.object(host, 'device', lambda device=device: device),
       ):
         found.append(fp8.dequantise(code, scale, out, first).tobytes())
