@@ -3,8 +3,8 @@
 The format of the released MiniMax-M2 checkpoints: a matrix [R, C] of codes and
 a float32 matrix [ceil(R / 128), ceil(C / 128)] called `weight_scale_inv`; the
 weight is code times scale, despite that name. Blocks at the right and bottom
-edge may be ragged. Arrays here are NumPy: files are converted on the host, large
-ones by programs that XLA compiles for its processor.
+edge may be ragged. Arrays here are NumPy: files are converted on the host,
+large matrices by programs that XLA compiles for its processor.
 
 Letters: R rows, C columns, r and c blocks along them, N = r * c blocks,
 I and J rows and columns inside a block.
