@@ -10,7 +10,6 @@ Letters: R rows, C columns, r and c blocks along them, N = r * c blocks,
 I and J rows and columns inside a block.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -28,7 +27,9 @@ MAX = 448.0  # the largest finite code
 # Codes of the top binade. A block whose largest code is lower wastes a bit of
 # every weight, so this is where each quantiser puts the largest weight.
 _TOP = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-_STRIP = 2**21  # codes that are turned into weights together, at the most
+# Codes that are turned into weights together, about: by a program, whose calls
+# cost, and by NumPy, whose many passes are to stay in the cache.
+_STRIP, _PLAIN_STRIP = 2**21, 2**17
 _TINY = np.finfo(np.float32).tiny
 _NAN = 0x7FC00000
 
@@ -62,9 +63,9 @@ def dequantise(
   top, left = first
   scale_rC = np.repeat(scale_rc, BLOCK, axis=1)[:, left : left + columns]
   compiled = host.pays(code_RC.size) and not _faint(scale_rc)
-  turn = _compiled if compiled else _plain
+  turn, most = (_compiled, _STRIP) if compiled else (_plain, _PLAIN_STRIP)
   # Strips of whole blocks, nearly all of one height: of one program.
-  strips = -(-rows * columns // _STRIP)
+  strips = -(-rows * columns // most)
   height = BLOCK * -(-rows // (BLOCK * max(1, strips)))
   start = 0
   while start < rows:
@@ -88,12 +89,11 @@ def _compiled(code_RC, scale_rC, inside, dtype) -> np.ndarray:
   code = code_RC.view(np.uint8)
   if abs(code.strides[0]) < abs(code.strides[1]):  # the view of a transpose
     code = host.transpose(code.T)
-  with host.COMPILING:
-    run = _program(code.shape, len(scale_rC), inside, dtype)
+  run = _program(code.shape, len(scale_rC), inside, dtype)
   return np.asarray(run(np.ascontiguousarray(code), scale_rC))
 
 
-@functools.cache
+@host.once
 def _program(shape, blocks, inside, dtype) -> Callable:
   """What `_compiled` runs, for arrays of these shapes."""
   rows, columns = shape

@@ -25,7 +25,7 @@ from m2.checkpoint import (
   hf_config,
   hf_names,
   hf_tree,
-  planes,
+  host,
   shards,
   storage,
   stream,
@@ -300,5 +300,5 @@ def fetch(leaf: Any, index: tuple[int | slice, ...]) -> np.ndarray:
 def _piece(shard: Any, index: tuple[slice, ...]) -> np.ndarray:
   if shard.device.platform == 'cpu':
     return np.asarray(shard.data)[index]  # a view of the device's memory
-  with planes.alone(shard.device):
+  with host.alone(shard.device):
     return np.asarray(shard.data[index])

@@ -11,6 +11,7 @@ along them, w and v of the bytes in one.
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,7 @@ import numpy as np
 _LOW = np.uint32(0x0000FFFF)  # of a word's bytes, the two that come first
 _EVEN = np.uint32(0x00FF00FF)
 LEAST = 2**16  # values for which a program is worth its call
-# Held by who looks a program up, so that threads do not make the same one.
-COMPILING = threading.Lock()
+_MAKING = threading.Lock()
 
 
 @functools.cache
@@ -37,13 +37,28 @@ def pays(size: int) -> bool:
   return size >= LEAST and device() is not None
 
 
-def compiled(run: Callable, *shapes: jax.ShapeDtypeStruct) -> Callable:
-  """`run` for the host, of NumPy arrays of these shapes.
+def alone(device: jax.Device | None) -> Any:
+  """A context in which the caller's mesh, which may have more, is not set."""
+  device = device or jax.devices()[0]
+  return jax.set_mesh(jax.sharding.Mesh(np.array(device), ()))
 
-  The caller's mesh, which may have other devices, has no part in it.
-  """
+
+def once(make: Callable[..., Callable]) -> Callable[..., Callable]:
+  """Keeps what `make` gives; threads do not make the same program twice."""
+  kept = functools.cache(make)
+
+  @functools.wraps(make)
+  def find(*key: Any) -> Callable:
+    with _MAKING:
+      return kept(*key)
+
+  return find
+
+
+def compiled(run: Callable, *shapes: jax.ShapeDtypeStruct) -> Callable:
+  """`run` for the host, of NumPy arrays of these shapes."""
   place = jax.sharding.SingleDeviceSharding(device())
-  with jax.set_mesh(jax.sharding.Mesh(np.array(device()), ())):
+  with alone(device()):
     placed = [z.update(sharding=place) for z in shapes]
     return jax.jit(run).lower(*placed).compile()
 
@@ -55,13 +70,11 @@ def transpose(x_RC: np.ndarray) -> np.ndarray:
     return _transpose_words(x_RC)
   words_rwc = np.ascontiguousarray(x_RC).view(np.uint32)
   words_rwc = words_rwc.reshape(rows // 4, 4, columns // 4)
-  with COMPILING:
-    run = _bytes_program(words_rwc.shape)
-  words_cvr = np.asarray(run(words_rwc))
+  words_cvr = np.asarray(_bytes_program(words_rwc.shape)(words_rwc))
   return words_cvr.view(x_RC.dtype).reshape(columns, rows)
 
 
-@functools.cache
+@once
 def _bytes_program(shape: tuple[int, int, int]) -> Callable:
   return compiled(_transpose_bytes, jax.ShapeDtypeStruct(shape, np.uint32))
 

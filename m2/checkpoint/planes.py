@@ -166,19 +166,13 @@ class DevicePart:
     buffers, self._buffers = self._buffers, []
     made = []
     for buffer, device in zip(buffers, self.devices):
-      with alone(device):
+      with host.alone(device):
         made.append(_reshape(buffer, shape))
     return made
 
 
-def alone(device: jax.Device | None) -> Any:
-  """A context in which the caller's mesh, which may have more, is not set."""
-  device = device or jax.devices()[0]
-  return jax.set_mesh(jax.sharding.Mesh(np.array(device), ()))
-
-
 def _zeros(shape, dtype, device) -> jax.Array:
-  with alone(device):
+  with host.alone(device):
     return jax.jit(lambda: jax.numpy.zeros(shape, dtype))()
 
 

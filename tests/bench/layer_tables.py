@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+DIRECTIONS = {'forward': 'forward', 'both': 'with gradients'}
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """A Markdown table; '' without rows."""
@@ -10,6 +12,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return ''
   lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def milliseconds(row: dict[str, Any], name: str) -> str:
+  """A contender's median; '' where it took no part."""
+  found = row['seconds'].get(name)
+  return f'{1e3 * found["median"]:.2f}' if found else ''
+
+
+def microseconds(row: dict[str, Any], name: str) -> str:
+  """The same of what is a thousand times as fast."""
+  found = row['seconds'].get(name)
+  return f'{1e6 * found["median"]:,.0f}' if found else ''
 
 
 def by_tokens(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -32,9 +46,7 @@ def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
       str(row['experts']),
       f'{row["tokens"]:,}',
       *(
-        f'{1e3 * row["seconds"][name]["median"]:.2f}'
-        if name in row['seconds']
-        else ''
+        milliseconds(row, name)
         for name in ('mosaic_gpu', 'torch.grouped_mm', 'xla')
       ),
       f'{row["ratio_to_floor"]:.2f}',
@@ -55,17 +67,13 @@ def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
 def moe(results: Sequence[dict[str, Any]]) -> str:
   """The whole expert layer, evenly routed, forward and with all gradients."""
 
-  def milliseconds(row: dict[str, Any], name: str) -> str:
-    found = row['seconds'].get(name)
-    return f'{1e3 * found["median"]:.2f}' if found else ''
-
   def saved(row: dict[str, Any], name: str) -> str:
     size = row['saved_bytes'].get(name)
     return f'{size / 2**20:,.0f}' if size else ''
 
   rows = [
     [
-      {'forward': 'forward', 'both': 'with gradients'}[row['direction']],
+      DIRECTIONS[row['direction']],
       str(row['experts']),
       f'{row["tokens"]:,}',
       *(milliseconds(row, x) for x in ('mosaic_gpu', 'torch', 'torch.compile')),
@@ -117,10 +125,6 @@ def decode_experts(results: Sequence[dict[str, Any]]) -> str:
   def shown(row: dict[str, Any]) -> bool:
     return row.get('routing') == 'uniform' and row['held'] == 256
 
-  def microseconds(row: dict[str, Any], name: str) -> str:
-    found = row['seconds'].get(name)
-    return f'{1e6 * found["median"]:,.0f}' if found else ''
-
   rows = [
     [
       str(row['tokens']),
@@ -150,16 +154,12 @@ def decode_experts(results: Sequence[dict[str, Any]]) -> str:
 def expert_parallel(results: Sequence[dict[str, Any]]) -> str:
   """The expert layer over two GPUs: each strategy's best, and the peer."""
 
-  def milliseconds(row: dict[str, Any], name: str) -> str:
-    found = row['seconds'].get(name)
-    return f'{1e3 * found["median"]:.2f}' if found else ''
-
   def cells(row: dict[str, Any], strategy: str, rate: float) -> list[str]:
     names = [x for x in row['hidden'] if x.startswith(f'{strategy}:')]
     best = max(names, key=row['of_single'].__getitem__)
     torch = row['of_single'].get('torch')
     return [
-      {'forward': 'forward', 'both': 'with gradients'}[row['direction']],
+      DIRECTIONS[row['direction']],
       f'{row["tokens"]:,}',
       milliseconds(row, 'single'),
       f'`{strategy}`, {best.rpartition(":")[2]}',
