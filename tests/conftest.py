@@ -32,6 +32,12 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 flags.FLAGS.mark_as_parsed()  # absltest's temporary folders read absl flags
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Files with heavy tests come first: none is left to one process alone."""
+  heavy = {item.path for item in items if item.get_closest_marker('heavy')}
+  items.sort(key=lambda item: item.path not in heavy)
+
+
 @pytest.fixture
 def tiny() -> m2_config.ModelConfig:
   """The smallest model with every part of M2: 2 layers, 8 experts, top 2."""

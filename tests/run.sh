@@ -64,6 +64,7 @@ if [[ $all == yes ]]; then
   marks='not device'
 fi
 # Two processes: more only divides two cores further. A file stays in one
-# process, which compiles its programs once.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "$marks" \
+# process, which compiles its programs once; files run in conftest.py's order.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile \
+  --no-loadscope-reorder -m "$marks" \
   ${arguments[@]+"${arguments[@]}"}
