@@ -5,7 +5,7 @@ import json
 import pathlib
 
 from m2 import config as settings
-from m2.checkpoint import hf, storage, store
+from m2.checkpoint import hf, saved, storage, store
 from m2.parallel import mesh as meshes
 
 # Files that belong to the weights and are the same in both forms.
@@ -23,10 +23,12 @@ def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
 
   The model's shape comes from the source. Optimiser state is not converted:
   what is written starts a run (`checkpoint.init_from`), it does not resume one.
-  Weights pass through the devices, split by `config.mesh`; a model too large
-  for them converts on the host with JAX_PLATFORMS=cpu. The public form may be
-  in an object store. A conversion to it that was interrupted goes on where it
-  stopped if it is started again; the other direction begins anew.
+  The public form may be in an object store. To it, weights go from disk to disk
+  a few megabytes at a time, of a model of any size: first all are read to
+  compare their checksums, then they are converted; an interrupted conversion
+  goes on where it stopped if it is started again. In the other direction they
+  pass through the devices, split by `config.mesh`, and it begins anew; a run
+  that is to start from a public checkpoint needs none (`checkpoint.init_from`).
 
   Args:
     config: its sections `convert` and `mesh` say what to do.
@@ -55,9 +57,11 @@ def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
   beside = {
     name: files.read(name).tobytes() for name in _BESIDE if files.has(name)
   }
-  mesh = meshes.make_mesh(config.mesh)
-  write = _to_public if to_public else _to_run
-  cfg = write(source, target, mesh, convert.dtype, beside)
+  if to_public:
+    cfg = _to_public(source, target, convert.dtype, beside)
+  else:
+    mesh = meshes.make_mesh(config.mesh)
+    cfg = _to_run(source, target, mesh, convert.dtype, beside)
   print(
     f'{target}: {cfg.layers} layers, {cfg.experts} experts, '
     f'{cfg.mtp_modules} MTP modules, {convert.dtype}; with the weights: '
@@ -73,13 +77,14 @@ def _check_empty(target: pathlib.Path) -> None:
     )
 
 
-def _to_public(step, target, mesh, dtype, beside) -> settings.ModelConfig:
+def _to_public(step, target, dtype, beside) -> settings.ModelConfig:
   meta = store.read_meta(step)
-  saved = meta['extra'].get('config', {}).get('model')
-  if saved is None:
+  model = meta['extra'].get('config', {}).get('model')
+  if model is None:
     raise store.CheckpointError(f'{step} does not say the shape of its model')
-  cfg = settings.ModelConfig(**saved)
-  params = store.load_params(step, cfg, mesh)
+  cfg = settings.ModelConfig(**model)
+  params = saved.params(step, cfg)
+  saved.check_sums(step, params)
   # The leaves' checksums say which values these are.
   same = json.dumps(meta['leaves'], sort_keys=True)
   hf.save(params, target, cfg, dtype=dtype, beside=beside, resume=same)

@@ -28,9 +28,11 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from m2.checkpoint import fingerprint
+from m2.parallel import sharding
 
 FORMAT = 'm2-jax checkpoint 2'
 _WHOLE = 'value'  # file of a value that is not split
+_CHUNK = 2**26  # bytes of the embedding or the head that lie together
 _LISTED = 5  # mismatches that an error spells out
 
 
@@ -117,6 +119,27 @@ def contents(
   if data_iter is not None:
     items['data'] = Json(data_iter)
   return items
+
+
+def options() -> ocp.Context:
+  """How parameters are written: in chunks of one layer's, or expert's, matrix.
+
+  Orbax would make one chunk of all that a device holds of a leaf, and nobody
+  could read a matrix without the rest.
+  """
+  context = ocp.Context()
+  context.array.saving.scoped_storage_options_creator = _storage
+  return context
+
+
+def _storage(key: tuple, _: Any) -> Any:
+  name = name_of(key)
+  options = ocp.options.ArrayOptions.Saving.StorageOptions
+  if name in ('embed', 'head'):
+    return options(chunk_byte_size=_CHUNK)
+  if name.split('/')[0] in ('blocks', 'mtp'):
+    return options(shard_axes=tuple(range(sharding.stacked(name))))
+  return None  # of the trainer
 
 
 def read_meta(path: str | pathlib.Path) -> dict[str, Any]:

@@ -186,6 +186,8 @@ def _recover(block_NIJ, peak_N, scale_N) -> None:
   # Rounding moved code * scale by less than one unit in the last place of the
   # scale, so the quotient rounds to the scale or to a neighbour.
   for code, ulps in itertools.product(_TOP, (0, 1, -1)):
+    if not left_N.size:
+      break
     guess_N = (peak_N[left_N] / np.float32(code)).view(np.int32) + ulps
     guess_N = np.maximum(guess_N.view(np.float32), _TINY)
     # One row of a block rules out nearly every wrong guess, at 1/128 the work.
@@ -234,18 +236,23 @@ def _encode(block_NIJ, scale_N) -> np.ndarray:
 
 
 def _split(weight_RC: np.ndarray) -> np.ndarray:
-  """[N, 128, 128] blocks, row by row, zeros beyond the edges."""
+  """[N, I, J] blocks, row by row, zeros beyond the edges.
+
+  I and J are 128, or the whole of a smaller matrix.
+  """
   rows, columns = weight_RC.shape
   r, c = scale_shape(weight_RC.shape)
-  padded = np.zeros((r * BLOCK, c * BLOCK), weight_RC.dtype)
+  i, j = min(rows, BLOCK), min(columns, BLOCK)
+  padded = np.zeros((r * i, c * j), weight_RC.dtype)
   padded[:rows, :columns] = weight_RC
-  blocks_rIcJ = padded.reshape(r, BLOCK, c, BLOCK)
-  return blocks_rIcJ.transpose(0, 2, 1, 3).reshape(r * c, BLOCK, BLOCK)
+  blocks_rIcJ = padded.reshape(r, i, c, j)
+  return blocks_rIcJ.transpose(0, 2, 1, 3).reshape(r * c, i, j)
 
 
 def _join(block_NIJ: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   """Undoes `_split`."""
   r, c = scale_shape(shape)
-  blocks_rcIJ = block_NIJ.reshape(r, c, BLOCK, BLOCK)
-  padded = blocks_rcIJ.transpose(0, 2, 1, 3).reshape(r * BLOCK, c * BLOCK)
+  _, i, j = block_NIJ.shape
+  blocks_rcIJ = block_NIJ.reshape(r, c, i, j)
+  padded = blocks_rcIJ.transpose(0, 2, 1, 3).reshape(r * i, c * j)
   return np.ascontiguousarray(padded[: shape[0], : shape[1]])

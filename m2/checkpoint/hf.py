@@ -25,6 +25,7 @@ from m2.checkpoint import (
   storage,
   stream,
 )
+from m2.parallel import sharding
 
 config = hf_config.read
 save = hf_save.save
@@ -41,7 +42,7 @@ _MEANING = (
 )
 _SCALE = hf_tree.SCALE
 _FLOATS = ('F32', 'BF16', 'F16')
-_HELD = ('float32', 'bfloat16', hf_tree.CODES)
+_HELD = ('float32', 'bfloat16')
 # Rotation tables that some writers store; they follow from config.json.
 _IGNORED = ('rotary_emb.inv_freq',)
 
@@ -65,12 +66,11 @@ def load(
   Args:
     path: directory, or its URL in an object store (m2/checkpoint/storage.py),
       with `model.safetensors`, or shards and their index.
-    cfg: shape of the model; `config(path)` reads it.
+    cfg: shape of the model; `config(path)` reads it. `fp8_experts` keeps the
+      codes and scales of an FP8 checkpoint's experts, byte for byte.
     mesh: place leaves by `m2.parallel.sharding`; None makes plain arrays.
-    dtype: float32, bfloat16, or float8_e4m3fn, which keeps the codes of an FP8
-      checkpoint and puts their scales beside them (m2/checkpoint/hf_tree.py);
-      what FP8 checkpoints do not store as FP8 is bfloat16 then. None =
-      `cfg.param_dtype`. The router is float32 in any case.
+    dtype: float32 or bfloat16; None = `cfg.param_dtype`. The router is float32
+      in any case.
     in_flight: bytes of files in host memory at a time.
 
   Returns:
@@ -87,20 +87,23 @@ def load(
   dtype = cfg.param_dtype if dtype is None else jnp.dtype(dtype).name
   if dtype not in _HELD:
     raise ValueError(
-      f'hf.load: dtype={dtype!r}: choose {", ".join(_HELD[:-1])} or {_HELD[-1]}'
+      f'hf.load: dtype={dtype!r}: choose {" or ".join(_HELD)}; experts in FP8 '
+      'are model.fp8_experts'
     )
   folder = storage.folder(path)
   _check_config(path, cfg)
   tensors = shards.read(path)
   slots = hf_names.slots(cfg)
   scales = _scales(folder, slots, tensors, in_flight)
-  if errors := _misfits(cfg, slots, tensors, scales, dtype):
+  if errors := _misfits(cfg, slots, tensors, scales):
     raise ValueError(
       f'{path}: {len(errors)} tensors do not fit the model: '
       + shards.listing(errors)
     )
   leaves = hf_tree.abstract(cfg, dtype)
-  places = hf_tree.shardings(leaves, mesh) if mesh else dict.fromkeys(leaves)
+  places = dict.fromkeys(leaves)
+  if mesh:
+    places = sharding.param_shardings(leaves, mesh)
   parts = _parts(cfg, leaves, places)
   needs = [
     planes.Need(tensors[name], slot, scales.get(name + _SCALE))
@@ -111,7 +114,24 @@ def load(
     name: _array(leaves[name], places[name], parts.pop(name))
     for name in list(parts)
   }
-  return hf_tree.nested(arrays | _scale_leaves(leaves, places, slots, scales))
+  arrays |= _scale_leaves(leaves, places, slots, scales)
+  return hf_tree.nested(cfg, arrays)
+
+
+def holds_codes(path: str | os.PathLike) -> bool:
+  """Whether a checkpoint's experts are FP8, so that they can be kept as such.
+
+  Raises:
+    FileNotFoundError: no such checkpoint, or shards are not there.
+    OSError: files cannot be read.
+    ValueError: a file is corrupt, or config.json cannot be read.
+  """
+  tensors = shards.read(path)
+  return all(
+    name in tensors and tensors[name].dtype == 'F8_E4M3'
+    for name, slot in hf_names.slots(config(path)).items()
+    if '{expert}' in slot.entry.pattern
+  )
 
 
 def _check_config(path: str, cfg: settings.ModelConfig) -> None:
@@ -140,7 +160,7 @@ def _scales(folder, slots, tensors, in_flight: int) -> dict[str, np.ndarray]:
   return stream.whole(folder, found, in_flight)
 
 
-def _misfits(cfg, slots, tensors, scales, dtype: str) -> list[str]:
+def _misfits(cfg, slots, tensors, scales) -> list[str]:
   """What keeps these tensors from being this model, a line for each."""
   errors = []
   known = set(slots)
@@ -157,8 +177,10 @@ def _misfits(cfg, slots, tensors, scales, dtype: str) -> list[str]:
       errors += _scale_misfits(name + _SCALE, slot, tensors, scales)
     elif tensor.dtype not in _FLOATS:
       errors.append(f'{name}: type {tensor.dtype}, not {", ".join(_FLOATS)}')
-    elif dtype == hf_tree.CODES and quantised:
-      errors.append(f'{name}: type {tensor.dtype}, but {dtype} keeps F8_E4M3')
+    elif slot.codes:
+      errors.append(
+        f'{name}: type {tensor.dtype}, but model.fp8_experts keeps F8_E4M3'
+      )
     if tensor is not None and tensor.dtype == 'F8_E4M3':
       known.add(name + _SCALE)
   extra = set(tensors) - known
@@ -199,11 +221,11 @@ def _spare_modules(cfg, extra) -> tuple[str, ...]:
 
 def _parts(cfg, leaves, places) -> dict[str, list[Any]]:
   """By leaf, scales left out: a buffer for each part that is on a device."""
-  layouts = {entry.leaf: entry.layout for entry in NAMES}
+  layouts = {entry.leaf: entry.layout for entry in hf_names.names(cfg)}
   sizes = hf_names.sizes_of(cfg)
   parts: dict[str, list[Any]] = {}
   for name, leaf in leaves.items():
-    if name.endswith(_SCALE):
+    if name.endswith(hf_names.SCALES):
       continue
     groups = hf_names.groups(layouts[name], sizes)
     parts[name] = [
@@ -236,20 +258,17 @@ def _array(leaf, place, parts) -> jax.Array:
 
 
 def _scale_leaves(leaves, places, slots, scales) -> dict[str, jax.Array]:
-  """The leaves of scales, where the parameters are codes."""
+  """The leaves of scales, where there are codes."""
   by_leaf: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
   for name, slot in slots.items():
-    if slot.entry.leaf + _SCALE in leaves:
-      flipped = hf_names.flipped(slot.entry.layout)
-      scale = scales[name + _SCALE]
-      by_leaf.setdefault(slot.entry.leaf + _SCALE, {})[slot.index] = (
-        scale.T if flipped else scale
-      )
+    if slot.codes:
+      leaf = slot.entry.leaf.removesuffix(hf_names.CODES) + hf_names.SCALES
+      by_leaf.setdefault(leaf, {})[slot.index] = scales[name + _SCALE]
 
   def read(name: str, index) -> np.ndarray:
     ranges = [range(n)[cut] for n, cut in zip(leaves[name].shape, index)]
     stacked = itertools.product(*ranges[:-2])
-    flat = np.stack([by_leaf[name][place] for place in stacked])
+    flat = np.stack([by_leaf[name][place][index[-2:]] for place in stacked])
     return flat.reshape([len(r) for r in ranges])
 
   return {

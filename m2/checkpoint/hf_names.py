@@ -2,7 +2,7 @@
 
 In files every layer and every expert has tensors of its own, stored [out, in];
 here they are stacked, with the contracted axis first. Reading and writing both
-walk the one table `NAMES`.
+walk the one table `NAMES`; experts held in block-FP8 lie as in the file.
 """
 
 import dataclasses
@@ -78,6 +78,27 @@ NAMES: tuple[Name, ...] = (
 )
 
 
+# Behind a weight's path: its leaves in block-FP8 (`pallas_kernels.Quantized`).
+CODES, SCALES = '/values', '/scale_inv'
+
+
+def names(cfg: config.ModelConfig) -> tuple[Name, ...]:
+  """`NAMES` for parameters as `cfg` holds them."""
+  if not cfg.fp8_experts:
+    return NAMES
+  return tuple(
+    entry._replace(leaf=entry.leaf + CODES, layout=_unturned(entry.layout))
+    if '{expert}' in entry.pattern
+    else entry
+    for entry in NAMES
+  )
+
+
+def _unturned(layout: str) -> str:
+  in_file = layout.split('->')[0]
+  return f'{in_file}->{in_file}'
+
+
 @dataclasses.dataclass(frozen=True)
 class Slot:
   """One tensor of a file.
@@ -94,8 +115,13 @@ class Slot:
 
   @property
   def last(self) -> str:
-    """Last part of the leaf's path."""
-    return self.entry.leaf.rsplit('/', 1)[-1]
+    """Last part of the leaf's path; of codes, that of their weight's."""
+    return self.entry.leaf.removesuffix(CODES).rsplit('/', 1)[-1]
+
+  @property
+  def codes(self) -> bool:
+    """Whether the leaf is of codes of FP8."""
+    return self.entry.leaf.endswith(CODES)
 
 
 def sizes_of(cfg: config.ModelConfig) -> dict[str, int]:
@@ -117,7 +143,7 @@ def slots(cfg: config.ModelConfig) -> dict[str, Slot]:
   """Every tensor of a checkpoint of this shape by name, in layer order."""
   sizes = sizes_of(cfg)
   found = []
-  for order, entry in enumerate(NAMES):
+  for order, entry in enumerate(names(cfg)):
     shape = tuple(
       math.prod(sizes[letter] for letter in axis)
       for axis in entry.layout.split('->')[0].split(',')
@@ -170,12 +196,6 @@ def groups(layout: str, sizes: Mapping[str, int]) -> list[Group]:
     part = f'{letters}->{",".join(axes)}'
     found.append(Group(source, to_leaf(flat, part, sizes)))
   return found
-
-
-def flipped(layout: str) -> bool:
-  """Whether the leaf begins with an axis of the file's columns."""
-  left, right = layout.split('->')
-  return _source(left, right) == 1
 
 
 def _source(left: str, axis: str) -> int:

@@ -56,14 +56,13 @@ def save(
   no checkpoint yet.
 
   Args:
-    params: parameters, or codes with their scales as `load` returns them with
-      dtype='float8_e4m3fn'; every part of them on this host's devices.
+    params: parameters; every part of them on this host's devices.
     path: a directory that does not exist yet or is empty, or such a prefix of
       an object store by its URL.
-    cfg: shape of the model.
+    cfg: shape of the model, and whether experts are held in FP8.
     dtype: float32, bfloat16, or fp8 (see `fp8.quantise`: what was FP8 and was
-      loaded as float32, or as codes, gets its bytes back). The router is
-      float32 in any case.
+      loaded as float32 gets its bytes back, and so do experts that were kept
+      in FP8). The router is float32 in any case.
     shard_bytes: largest file; None = 5 GB, and 500 MB in an object store, where
       a file is held in host memory until it is sent.
     beside: files to write next to the weights, such as a tokenizer's.
@@ -181,23 +180,21 @@ def _prepare(folder, plan, small, mark: bytes) -> set[str]:
 def _checked(cfg, params, dtype: str) -> dict[str, Any]:
   """Leaves by path, after checking them against the model's."""
   found = hf_tree.flat(params)
-  codes = any(leaf.dtype == fp8.DTYPE for leaf in found.values())
-  wanted = hf_tree.abstract(cfg, hf_tree.CODES if codes else 'float32')
+  wanted = hf_tree.abstract(cfg, 'float32')
   errors = [f'{name}: missing' for name in sorted(wanted.keys() - found.keys())]
   errors += [
     f'{name}: unknown' for name in sorted(found.keys() - wanted.keys())
   ]
   for name in sorted(found.keys() & wanted.keys()):
-    shape, right = found[name].shape, wanted[name].shape
-    coded = wanted[name].dtype == fp8.DTYPE
-    if shape != right:
-      errors.append(f'{name}: shape {shape}, the model has {right}')
-    elif coded != (found[name].dtype == fp8.DTYPE):
-      errors.append(f'{name}: {found[name].dtype} among codes of FP8')
-    elif not getattr(found[name], 'is_fully_addressable', True):
+    leaf, right = found[name], wanted[name].shape
+    if leaf.shape != right:
+      errors.append(f'{name}: shape {leaf.shape}, the model has {right}')
+    elif (leaf.dtype == fp8.DTYPE) != (wanted[name].dtype == fp8.DTYPE):
+      errors.append(f'{name}: {leaf.dtype}, the model has {wanted[name].dtype}')
+    elif not getattr(leaf, 'is_fully_addressable', True):
       errors.append(f'{name}: parts of it are on other hosts')
-  if codes and dtype != 'fp8':
-    errors.append(f'they are codes of FP8: dtype={dtype!r} must be fp8')
+  if cfg.fp8_experts and dtype != 'fp8':
+    errors.append(f'experts are codes of FP8: dtype={dtype!r} must be fp8')
   if errors:
     raise ValueError('hf.save: params: ' + shards.listing(errors))
   return found
@@ -228,13 +225,12 @@ def _arrays(
   """The parts of one item: rows of a weight, and their scales if it is FP8."""
   leaf = leaves[slot.entry.leaf]
   scale_name = name + hf_tree.SCALE
-  if leaf.dtype == fp8.DTYPE:
-    scale = fetch(leaves[slot.entry.leaf + hf_tree.SCALE], slot.index)
-    flipped = hf_names.flipped(slot.entry.layout)
-    yield scale_name, 0, scale.T if flipped else scale
+  if slot.codes:
+    scales = slot.entry.leaf.removesuffix(hf_names.CODES) + hf_names.SCALES
+    yield scale_name, 0, fetch(leaves[scales], slot.index)
   dtype = shards.DTYPES[specs[name][0]]
   for row, x in _rows(leaf, slot, sizes):
-    if leaf.dtype == fp8.DTYPE or len(specs) == 1:
+    if slot.codes or len(specs) == 1:
       yield name, row, x.astype(dtype, copy=False)
       continue
     try:

@@ -103,9 +103,10 @@ class Store:
     self.wait()
     items = layout.contents(state, data_iter, step=step, extra=extra)
     try:
-      response = self._manager.save_checkpointables_async(
-        step, items, force=True, overwrite=step in self.steps()
-      )
+      with layout.options():
+        response = self._manager.save_checkpointables_async(
+          step, items, force=True, overwrite=step in self.steps()
+        )
     except Exception as error:  # whatever the file system made of it
       raise self._failed(step, error) from error
     self._pending = (step, response)
@@ -232,7 +233,9 @@ def load_params(
     path: a workdir, a directory of checkpoints, one step of it, or a Hugging
       Face model directory, which may be the URL of one in an object store.
     cfg: shape and stored type wanted. MTP modules that the checkpoint lacks
-      are made by `m2.model.mtp.expand`; 0 leaves out those it has.
+      are made by `m2.model.mtp.expand`; 0 leaves out those it has. With
+      `fp8_experts`, those of an FP8 checkpoint are kept byte for byte and never
+      held otherwise; those of another are loaded whole, then quantised.
     mesh: where to put them; None = the first device.
 
   Raises:
@@ -246,6 +249,10 @@ def load_params(
     if not path.is_dir():
       raise CheckpointError(f'{path} is not a directory')
     public = any(path.glob('*.safetensors'))
+  if cfg.fp8_experts and not (public and hf.holds_codes(path)):
+    plain = load_params(path, dataclasses.replace(cfg, fp8_experts=False), mesh)
+    where = jax.tree.map(lambda leaf: leaf.sharding, _placed(cfg, mesh))
+    return jax.jit(model_params.quantise, out_shardings=where)(plain)
   if public:
     modules = hf.config(path).mtp_modules
     found = dataclasses.replace(cfg, mtp_modules=modules)

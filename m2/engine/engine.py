@@ -83,7 +83,8 @@ class Engine:
     Args:
       cfg: model shape.
       engine: sizes.
-      params: parameters; neither changed nor donated.
+      params: parameters; neither changed nor donated. With `engine.fp8` their
+        experts may be in FP8 already (`m2.model.params.quantise`).
       version: their version.
       mesh: device mesh; slots are split over its batch axes.
 
@@ -249,7 +250,7 @@ class Engine:
 
   def _held_as(self, params: Any) -> Any:
     """The parameters in the engine's format."""
-    if not self._engine.fp8:
+    if not self._engine.fp8 or model_params.is_quantised(params):
       return params
     with self._on_mesh():
       return _QUANTISE(params)

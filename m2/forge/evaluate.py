@@ -4,6 +4,7 @@ Writes `<workdir>/eval.json` with every episode and prints the table.
 """
 
 import asyncio
+import dataclasses
 import pathlib
 import time
 
@@ -41,8 +42,9 @@ def run(
   drawn = play.exam(config)
   words = tokenizer(start)
   mesh = meshes.make_mesh(config.mesh)
+  model = dataclasses.replace(config.model, fp8_experts=config.engine.fp8)
   with jax.set_mesh(mesh):
-    params = store.load_params(start, config.model, mesh)
+    params = store.load_params(start, model, mesh)
     engine = engines.Engine(config.model, config.engine, params, mesh=mesh)
     gateway = capture.Gateway(engine, words)
     began = time.monotonic()

@@ -57,6 +57,11 @@ def quantise(params: Any) -> Any:
   return {**params, **{name: part(params[name]) for name in parts}}
 
 
+def is_quantised(params: Any) -> bool:
+  """Whether the experts are in block-FP8 already."""
+  return isinstance(params['blocks']['moe']['wi_0'], pallas_kernels.Quantized)
+
+
 def count(cfg: config.ModelConfig) -> int:
   """All stored parameters, router bias included."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(cfg)))

@@ -58,6 +58,12 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 
 
+def stacked(name: str) -> int:
+  """How many axes, layer and expert, lead to the matrices of a parameter."""
+  axes = AXES[name.rsplit('/', 1)[-1]]
+  return sum(axis in ('layer', 'expert') for axis in axes)
+
+
 def spec(*axes: str | None, rules: Mapping[str, Any] = RULES) -> P:
   """The partition of an array whose dimensions have these logical axes."""
   return P(*(rules.get(axis) if axis else None for axis in axes))

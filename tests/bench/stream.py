@@ -98,17 +98,19 @@ def load_apart(path: pathlib.Path, *words: str) -> dict[str, Any]:
   return json.loads(run.stdout.splitlines()[-1])
 
 
-def child(path: pathlib.Path, dtype: str, sizes: str, save: str) -> None:
+def child(path: pathlib.Path, fp8_experts: bool, sizes: str, save: str) -> None:
   """Loads, perhaps saves, and prints seconds and bytes."""
   mesh = None
   if sizes:
     ways = [int(size) for size in sizes.split('x')]
     jax.config.update('jax_num_cpu_devices', math.prod(ways))
     mesh = meshes.make_mesh(config.MeshConfig(*ways))
-  cfg = hf.config(path)
+  cfg = dataclasses.replace(
+    hf.config(path), param_dtype='bfloat16', fp8_experts=fp8_experts
+  )
   before = peak()
   start, begun = time.perf_counter(), time.process_time()
-  params = jax.block_until_ready(hf.load(path, cfg, mesh, dtype=dtype))
+  params = jax.block_until_ready(hf.load(path, cfg, mesh))
   row = {'seconds': time.perf_counter() - start, 'before': before}
   row['cpu_seconds'] = time.process_time() - begun
   row['share'] = sum(
@@ -143,18 +145,18 @@ def measure(layers: int, experts: int, rounds: int) -> list[dict[str, Any]]:
     for number in range(rounds):
       row = {'disk': disk_rate(path)} | core_rate(path)
       forget(path)
-      row |= load_apart(path, '--dtype=bfloat16')
+      row |= load_apart(path)
       row['load'] = size / row['seconds']
       row['load_cpu'] = size / row['cpu_seconds']
       row['of_slower'] = row['load'] / min(row['disk'], row['core'])
       rows.append({'case': 'load', 'round': number, 'bytes': size} | row)
       print(json.dumps(rows[-1]), flush=True)
-    for dtype in ('float8_e4m3fn', 'bfloat16'):
-      target = str(pathlib.Path(folder) / dtype)
-      row = load_apart(path, f'--dtype={dtype}', f'--save={target}')
+    for held, word in (('experts in FP8', ['--fp8']), ('bfloat16', [])):
+      target = str(pathlib.Path(folder) / held)
+      row = load_apart(path, f'--save={target}', *word)
       row['save'] = size / row['save_seconds']
       row['codes_equal'] = same_codes(path, pathlib.Path(target))
-      rows.append({'case': f'save from {dtype}', 'bytes': size} | row)
+      rows.append({'case': f'save from {held}', 'bytes': size} | row)
       print(json.dumps(rows[-1]), flush=True)
   return rows
 
@@ -177,12 +179,12 @@ def main() -> None:
   parser.add_argument('--experts', type=int, default=64)
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--child', type=pathlib.Path)
-  parser.add_argument('--dtype', default='bfloat16')
+  parser.add_argument('--fp8', action='store_true')
   parser.add_argument('--mesh', default='')
   parser.add_argument('--save', default='')
   given = parser.parse_args()
   if given.child:
-    child(given.child, given.dtype, given.mesh, given.save)
+    child(given.child, given.fp8, given.mesh, given.save)
     return
   rows = measure(given.layers, given.experts, given.rounds)
   best = record.summary([row['of_slower'] for row in rows if 'load' in row])

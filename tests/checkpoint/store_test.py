@@ -5,6 +5,7 @@ import json
 import pathlib
 import resource
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -304,6 +305,16 @@ class FingerprintTest(parameterized.TestCase):
     spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data', 'fsdp')))
     with jax.set_mesh(mesh):
       self.assertEqual(fingerprint.sums(x), fingerprint.sums(spread))
+
+  @parameterized.parameters('float32', 'bfloat16', 'int8')
+  def test_parts_add_up(self, dtype):
+    rng = np.random.default_rng(0)
+    x = np.asarray(jnp.asarray(rng.integers(-99, 99, (7, 30, 11)), dtype))
+    with mock.patch.object(fingerprint, '_STRIP', 64):
+      fingerprint._odd.cache_clear()
+      parts = [fingerprint.partial(x[i], i * 330) for i in range(7)]
+    fingerprint._odd.cache_clear()
+    self.assertEqual([sum(parts) % 2**32], fingerprint.sums(x))
 
 
 if __name__ == '__main__':

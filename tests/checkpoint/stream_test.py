@@ -1,5 +1,6 @@
 """Streaming: what is read, what is held, what a kill leaves behind."""
 
+import dataclasses
 import os
 import pathlib
 import threading
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+import pallas_kernels
 from m2 import config
 from m2.checkpoint import (
-  fp8,
   hf,
   hf_names,
   hf_tree,
@@ -24,6 +25,7 @@ from m2.checkpoint import (
   stream,
 )
 from m2.parallel import mesh as meshes
+from m2.parallel import sharding
 from tests.bench import stream as bench
 from tests.checkpoint import hf_test, synthetic
 
@@ -35,6 +37,14 @@ MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 2, 2, 2), (2, 1, 2, 2))
 BLOCKS = dict(
   d_model=256, d_expert=192, experts=8, head_dim=32, kv_heads=2, vocab=160
 )
+WHOLE = BLOCKS | {'d_expert': 256}
+KEPT = hf_test.small(
+  mtp_modules=1, fp8_experts=True, param_dtype='bfloat16', **WHOLE
+)
+
+
+def plain(cfg: config.ModelConfig) -> config.ModelConfig:
+  return dataclasses.replace(cfg, fp8_experts=False)
 
 
 def bytes_equal(got, want) -> None:
@@ -63,7 +73,7 @@ class LoadTest(hf_test.FilesTest):
     mesh = meshes.make_mesh(config.MeshConfig(*sizes))
     # Small runs, so that a tensor is read in several and parts are cut.
     with unittest.mock.patch.object(stream, 'RUN', 20_000):
-      for dtype in ('bfloat16', 'float8_e4m3fn'):
+      for dtype in ('float32', 'bfloat16'):
         placed = hf.load(
           self.path, self.cfg, mesh, dtype=dtype, in_flight=160_000
         )
@@ -121,7 +131,7 @@ class LoadTest(hf_test.FilesTest):
     """The share of some leaves' bytes that `count` of the devices need."""
     sizes = hf_names.sizes_of(self.cfg)
     abstract = hf_tree.abstract(self.cfg, 'bfloat16')
-    places = hf_tree.shardings(abstract, mesh)
+    places = sharding.param_shardings(abstract, mesh)
     parts, needs, total = {}, [], 0
     for slot in hf_names.slots(self.cfg).values():
       leaf = slot.entry.leaf
@@ -178,38 +188,54 @@ class LoadTest(hf_test.FilesTest):
       got = hf.load(hf_test.DATA / 'fp8', cfg, mesh, in_flight=12_000)
     bytes_equal(got, want)
 
-  def test_codes_times_scales_are_the_weights(self):
-    codes = hf.load(self.path, self.cfg, dtype='float8_e4m3fn')
-    want = hf.load(self.path, self.cfg, dtype='float32')
-    moe, attn = codes['blocks']['moe'], codes['blocks']['attn']
-    for name, leaf, matrix in (
-      ('wi_0', moe, (256, 192)),
-      ('wo', moe, (192, 256)),
-      ('q', attn, (256, 4 * 32)),
-      ('o', attn, (4 * 32, 256)),
-    ):
-      code = np.asarray(leaf[name]).reshape(-1, *matrix)
-      scale = np.asarray(leaf[name + '_scale_inv'])
-      scale = scale.reshape(-1, *fp8.scale_shape(matrix))
-      group = 'moe' if leaf is moe else 'attn'
-      weight = np.asarray(want['blocks'][group][name]).reshape(code.shape)
-      for one, its, value in zip(code, scale, weight):
-        np.testing.assert_array_equal(fp8.dequantise(one, its), value)
-    self.assertEqual(codes['head'].dtype.name, 'bfloat16')
-    self.assertEqual(moe['gate'].dtype, np.float32)
-
-  def test_codes_are_asked_of_a_checkpoint_without(self):
+  def test_experts_of_another_checkpoint_cannot_be_kept(self):
     path = hf_test.DATA / 'ratios_of_m2'
-    with self.assertRaisesRegex(ValueError, 'type BF16, but float8_e4m3fn'):
-      hf.load(path, hf.config(path), dtype='float8_e4m3fn')
+    cfg = hf.config(path)
+    self.assertFalse(hf.holds_codes(path))
+    with self.assertRaisesRegex(ValueError, 'd_expert=.*multiples of 128'):
+      dataclasses.replace(cfg, fp8_experts=True)._check()
+    self.save_codes('bfloat16')
+    with self.assertRaisesRegex(ValueError, 'type BF16, but model.fp8_experts'):
+      hf.load(self.folder / 'codes', KEPT)
 
-  def test_codes_are_written_as_codes_only(self):
-    codes = hf.load(self.path, self.cfg, dtype='float8_e4m3fn')
+  def save_codes(self, dtype: str) -> pathlib.Path:
+    """A checkpoint of whole blocks."""
+    path, cfg = self.folder / 'codes', plain(KEPT)
+    hf.save(hf_test.draw(cfg), path, cfg, dtype=dtype, shard_bytes=500_000)
+    return path
+
+  @parameterized.parameters((1, 2, 2, 2), (1, 1, 8, 1), (2, 2, 1, 2))
+  def test_experts_are_kept_as_they_are_in_the_file(self, *sizes):
+    path = self.save_codes('fp8')
+    self.assertTrue(hf.holds_codes(path))
+    mesh = meshes.make_mesh(config.MeshConfig(*sizes))
+    with unittest.mock.patch.object(stream, 'RUN', 20_000):
+      kept = hf.load(path, KEPT, mesh, in_flight=160_000)
+    bytes_equal(kept, hf.load(path, KEPT))
+    want = hf.load(path, plain(KEPT), dtype='float32')
+    for part in ('blocks', 'mtp'):
+      for name in ('wi_0', 'wi_1', 'wo'):
+        found = pallas_kernels.dequantise(kept[part]['moe'][name])
+        np.testing.assert_array_equal(found, want[part]['moe'][name])
+    self.assertEqual(kept['head'].dtype.name, 'bfloat16')
+    self.assertEqual(kept['blocks']['moe']['gate'].dtype, np.float32)
+    raw = shards.read(path)[
+      'model.layers.1.block_sparse_moe.experts.3.w2.weight'
+    ]
+    values = np.asarray(kept['blocks']['moe']['wo'].values)
+    bytes_equal(values[1, 3], raw.array())
+
+  def test_kept_experts_are_written_as_they_are_and_in_no_other_type(self):
+    kept = hf.load(self.save_codes('fp8'), KEPT)
     with self.assertRaisesRegex(ValueError, "dtype='bfloat16' must be fp8"):
-      hf.save(codes, self.folder / 'out', self.cfg)
-    del codes['blocks']['attn']['q_scale_inv']
-    with self.assertRaisesRegex(ValueError, 'q_scale_inv: missing'):
-      hf.save(codes, self.folder / 'out', self.cfg, dtype='fp8')
+      hf.save(kept, self.folder / 'out', KEPT)
+    with self.assertRaisesRegex(ValueError, 'wi_0/values: unknown'):
+      hf.save(kept, self.folder / 'out', plain(KEPT), dtype='fp8')
+    wi_0 = kept['blocks']['moe']['wi_0']
+    wrong = dataclasses.replace(wi_0, values=wi_0.values.astype(np.float32))
+    kept['blocks']['moe']['wi_0'] = wrong
+    with self.assertRaisesRegex(ValueError, 'wi_0/values: float32, the model'):
+      hf.save(kept, self.folder / 'out', KEPT, dtype='fp8')
 
   def test_a_file_that_shrinks_meanwhile(self):
     file = sorted(self.path.glob('*.safetensors'))[1]
@@ -226,28 +252,36 @@ class LoadTest(hf_test.FilesTest):
 
 
 def sharding_of(name, leaf, mesh) -> jax.sharding.NamedSharding:
-  return hf_tree.shardings({name: leaf}, mesh)[name]
+  return sharding.param_shardings({name: leaf}, mesh)[name]
 
 
 class RoundTripTest(hf_test.FilesTest):
   def test_bytes_survive_each_type_that_weights_are_held_in(self):
     """Codes always; scales where the type held them exactly."""
-    cfg = hf_test.small(**BLOCKS)
-    path = self.folder / 'fp8'
-    synthetic.write(path, cfg, shard_bytes=10**6)
-    before = hf_test.stored(path)
-    for dtype in ('float8_e4m3fn', 'float32', 'bfloat16'):
-      out = self.folder / dtype
+    for widths in (BLOCKS, WHOLE):
+      cfg = hf_test.small(**widths)
+      path = self.folder / f'fp8_{cfg.d_expert}'
+      synthetic.write(path, cfg, shard_bytes=10**6)
+      for dtype in ('float32', 'bfloat16'):
+        self.check(path, cfg, dtype)
+    for dtype in ('float32', 'bfloat16'):
+      self.check(path, dataclasses.replace(cfg, fp8_experts=True), dtype)
+
+  def check(self, path, cfg, dtype: str) -> None:
+    with self.subTest(dtype=dtype, cfg=cfg):
+      out = self.folder / f'{path.name} {dtype} {cfg.fp8_experts}'
       hf.save(hf.load(path, cfg, dtype=dtype), out, cfg, dtype='fp8')
       after = hf_test.stored(out)
-      for name, (kind, data) in before.items():
-        if kind == 'F8_E4M3' or dtype != 'bfloat16' or 'scale' not in name:
-          self.assertEqual(after[name], (kind, data), f'{dtype} {name}')
+      for name, (kind, data) in hf_test.stored(path).items():
+        exact = dtype == 'float32' or 'scale' not in name
+        if exact or (cfg.fp8_experts and 'experts' in name):
+          self.assertEqual(after[name], (kind, data), name)
         else:
           got = np.frombuffer(after[name][1], np.float32)
           want = np.frombuffer(data, np.float32)
           np.testing.assert_allclose(got, want, rtol=2**-8)
 
+  @pytest.mark.heavy
   def test_the_released_number_of_tensors(self):
     """96,103 of them at reduced width, onto a mesh and back."""
     cfg = config.ModelConfig(
@@ -258,8 +292,8 @@ class RoundTripTest(hf_test.FilesTest):
     synthetic.write(path, cfg, shard_bytes=2 * 10**6)
     self.assertLen(shards.names(path), 96_103)
     mesh = meshes.make_mesh(config.MeshConfig(1, 2, 2, 2))
-    codes = hf.load(path, cfg, mesh, dtype='float8_e4m3fn')
-    hf.save(codes, out, cfg, dtype='fp8', shard_bytes=2 * 10**6)
+    params = hf.load(path, cfg, mesh, dtype='float32')
+    hf.save(params, out, cfg, dtype='fp8', shard_bytes=2 * 10**6)
     for file in path.iterdir():
       self.assertEqual((out / file.name).read_bytes(), file.read_bytes())
 
@@ -275,11 +309,9 @@ class MemoryTest(hf_test.FilesTest):
     self.assertGreater(size, 1.5 * GIB)
     words = [f'--mesh={sizes}'] * bool(sizes)
     out = self.folder / 'out'
-    row = bench.load_apart(path, '--dtype=bfloat16', *words)
+    row = bench.load_apart(path, *words)
     self.assertLess(row['peak'] - row['share'], 2 * GIB)
-    row = bench.load_apart(
-      path, '--dtype=float8_e4m3fn', f'--save={out}', *words
-    )
+    row = bench.load_apart(path, '--fp8', f'--save={out}', *words)
     self.assertLess(row['save_peak'] - row['share'], 2 * GIB)
     self.assertEqual(bench.same_codes(path, out), 1.0)
     # The rates proper are the bench's; others use this machine meanwhile.

@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from m2 import config, types
+from m2.checkpoint import hf, store
 from m2.engine import engine
 from m2.model import params, transformer
 from m2.parallel import mesh as meshes
@@ -100,6 +101,39 @@ class Fp8Test(parameterized.TestCase):
       (result,) = made.run([engine.GenRequest([1, 2, 3], sampling)])
       ids[fp8] = list(result.ids)
     self.assertEqual(ids[True], ids[False])
+
+  def test_experts_of_a_public_checkpoint_go_to_the_engine_as_they_are(self):
+    path = self.create_tempdir().full_path + '/fp8'
+    hf.save(self.plain, path, MODEL, dtype='fp8')
+    mesh = meshes.make_mesh(config.MeshConfig(data=2, expert=2, tensor=2))
+    with absltest.mock.patch.object(hf, 'load', wraps=hf.load) as load:
+      kept = store.load_params(path, FP8, mesh)
+    (call,) = load.call_args_list
+    self.assertTrue(call.args[1].fp8_experts)  # no other form in between
+    want = sharding.param_shardings(kept, mesh)
+    self.assertEqual(jax.tree.map(lambda leaf: leaf.sharding, kept), want)
+    alone = hf.load(path, FP8)
+    chex.assert_trees_all_equal(kept, alone)
+    sizes = config.EngineConfig(slots=8, length=64, chunk=4, fp8=True)
+    made = engine.Engine(MODEL, sizes, kept, mesh=mesh)
+    sampling = types.Sampling(max_new=8, temperature=0.0)
+    (result,) = made.run([engine.GenRequest([1, 2, 3], sampling)])
+    given = [1, 2, 3, *result.ids]
+    logits_BTV = transformer.logits(FP8, alone, np.array([given]))
+    self.assertEqual(list(logits_BTV[0, 2:-1].argmax(-1)), list(result.ids))
+
+  def test_other_checkpoints_are_quantised_when_they_are_loaded(self):
+    folder = self.create_tempdir().full_path
+    hf.save(self.plain, f'{folder}/plain', MODEL, dtype='float32')
+    with store.Store(f'{folder}/run/checkpoints') as checkpoints:
+      checkpoints.save(
+        {'params': self.plain}, None, step=1, extra={}, asynchronous=False
+      )
+    mesh = meshes.make_mesh(config.MeshConfig(data=2, expert=2, tensor=2))
+    for name in ('plain', 'run'):
+      for where in (None, mesh):
+        found = store.load_params(f'{folder}/{name}', FP8, where)
+        chex.assert_trees_all_equal(found, self.held)
 
 
 if __name__ == '__main__':
