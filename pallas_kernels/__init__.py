@@ -5,8 +5,7 @@ plain jnp) and one file a backend. Usable without the rest of this repository.
 """
 
 from pallas_kernels.attention.api import attention
-from pallas_kernels.decode.api import Quantized, decode_experts
-from pallas_kernels.decode.weights import dequantised as dequantise
+from pallas_kernels.decode.api import Quantized, decode_experts, dequantise
 from pallas_kernels.decode.weights import quantised as quantise
 from pallas_kernels.experts.api import experts
 from pallas_kernels.gmm.api import grouped_matmul

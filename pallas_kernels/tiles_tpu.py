@@ -81,6 +81,14 @@ class Chip:
 
 
 CHIPS = {
+  'TPU v5 lite': Chip(
+    cores=1,
+    vmem=128 * MIB,
+    chunk=128,
+    transposed_chunk=128,
+    gradient_chunk=128,
+    rest=32,
+  ),
   'TPU v5': Chip(
     cores=2,
     vmem=64 * MIB,

@@ -74,10 +74,11 @@ class EngineConfig(base.Settings):
   slots: int = 64  # sequences decoded at once
   length: int = 512  # tokens of cache per slot
   chunk: int = 16  # decode steps per device call
+  prompts: int = 32  # computed at once; each needs a second row of cache then
   fp8: bool = False  # experts in block-FP8, made of each version that is loaded
 
   def _check(self) -> None:
-    base.positive(self, 'slots length chunk')
+    base.positive(self, 'slots length chunk prompts')
 
 
 @base.section

@@ -34,7 +34,7 @@ GenRequest = requests.GenRequest
 GenResult = requests.GenResult
 
 PREFILL = 64  # tokens of each prompt computed at once
-ROWS = (8, 32)  # prompts of one prefill: a trickle, and a full batch
+FEW = 8  # prompts of one prefill while there is but a trickle
 QUIET = 4  # turns of the event loop without a new request, before a step
 
 # Compiled once for all engines of a process; the slots are updated in place.
@@ -114,7 +114,10 @@ class Engine:
     # contexts pay for what they use; and for few and for many new prompts.
     quarters = (math.ceil(engine.length * k / 4 / PREFILL) for k in range(1, 5))
     self._lengths = sorted({PREFILL * x for x in quarters})
-    few, many = (min(-(-rows // ways) * ways, engine.slots) for rows in ROWS)
+    few, many = (
+      min(-(-min(rows, engine.prompts) // ways) * ways, engine.slots)
+      for rows in (FEW, engine.prompts)
+    )
     self._batches = sorted({(few, few), (many, engine.slots)})
     make = functools.partial(slots.empty, cfg, engine.slots, self._lengths[-1])
     with self._on_mesh():

@@ -63,5 +63,9 @@ def _local(x_MD, index_MX, weight_MX, *weights):
 def _apply(x_MD, index_MX, weight_MX, *weights):
   if len(x_MD) <= FEW:
     return pallas_kernels.decode_experts(x_MD, index_MX, weight_MX, *weights)
-  plain = (pallas_kernels.dequantise(w).astype(x_MD.dtype) for w in weights)
-  return pallas_kernels.experts(x_MD, index_MX, weight_MX, *plain)
+  plain = (
+    pallas_kernels.dequantise(w, x_MD.dtype, transposed=True) for w in weights
+  )
+  return pallas_kernels.experts(
+    x_MD, index_MX, weight_MX, *plain, transposed=True
+  )

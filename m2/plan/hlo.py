@@ -26,6 +26,7 @@ _CALLED = re.compile(
   r'\b(calls|to_apply|body|condition|branch_computations|'
   r'true_computation|false_computation)=(\{[^}]*\}|%[\w.\-]+)'
 )
+_DECLARED = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -73,6 +74,12 @@ class Instruction:
   @property
   def bytes(self) -> int:
     return sum(shape.bytes for shape in self.shapes)
+
+  @property
+  def declared(self) -> float:
+    """Bytes that a kernel says it moves; infinity where nothing is said."""
+    found = _DECLARED.search(self.text)
+    return float(found[1]) if found else math.inf
 
   @property
   def origin(self) -> str:

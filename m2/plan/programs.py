@@ -240,7 +240,8 @@ def prefill_program(
   """One turn of `engine.PREFILL` tokens of a full batch of prompts."""
   model, engine = _served(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
-  rows = min(max(engines.ROWS[1], _ways(mesh)), engine.slots)
+  ways = _ways(mesh)
+  rows = min(-(-engine.prompts // ways) * ways, engine.slots)
   where = jax.sharding.NamedSharding(mesh, jax.P())
 
   def host(*shape, dtype=jnp.int32):

@@ -92,7 +92,7 @@ def traffic(
 
   Every operand and result of what is not inside a fusion, at the times it
   runs; slices read and write only what they touch. Kernels are counted as if
-  they read each operand once.
+  they read each operand once, unless they declare less.
   """
   times, inside = module.times(unknown), module.fused()
   total = 0.0
@@ -111,7 +111,7 @@ def _moved(module: hlo.Module, one: hlo.Instruction) -> float:
   if one.opcode in IN_PLACE:
     return 2 * sizes[IN_PLACE[one.opcode]]
   if one.opcode != 'fusion':
-    return sum(sizes) + _hbm(one)
+    return min(sum(sizes) + _hbm(one), one.declared)
   body = module.computations[dict(one.called)['calls']]
   return sum(
     _read(module, body, place, size) for place, size in enumerate(sizes)

@@ -1,16 +1,19 @@
 """The experts of a few tokens: bound by reading the chosen experts' weights."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode import mosaic_gpu, weights, xla
+from pallas_kernels.decode import mosaic_gpu, mosaic_tpu, weights, xla
 from pallas_kernels.decode.weights import Quantized, Weights
 
-__all__ = ['Quantized', 'decode_experts']
+__all__ = ['Quantized', 'decode_experts', 'dequantise']
 
 BACKENDS = {
   'mosaic_gpu': mosaic_gpu.decode_experts,
+  'mosaic_tpu': mosaic_tpu.decode_experts,
   'xla': xla.decode_experts,
 }
 
@@ -46,11 +49,46 @@ def decode_experts(
     NotImplementedError: a backend forced by name that cannot do this.
   """
   _check(x_MD, index_MX, weight_MX, wi_0, wi_1, wo)
-  refusal = mosaic_gpu.refusal(x_MD.dtype, weights.widths(wi_0))
-  backend = dispatch.pick(
-    'decode_experts', impl, BACKENDS, {'mosaic_gpu': refusal}
-  )
+  refusals = {
+    'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, weights.widths(wi_0)),
+    'mosaic_tpu': mosaic_tpu.refusal(wi_0),
+  }
+  backend = dispatch.pick('decode_experts', impl, BACKENDS, refusals)
   return backend(x_MD, index_MX, weight_MX, wi_0, wi_1, wo)
+
+
+def dequantise(
+  w: Quantized,
+  dtype: jnp.dtype = jnp.float32,
+  *,
+  transposed: bool = False,
+  impl: dispatch.Impl | None = None,
+) -> Float[Array, '...']:
+  """Plain matrices of block-FP8 ones.
+
+  Args:
+    w: codes [..., N, K] and their scales.
+    dtype: of the result; products are float32 before.
+    transposed: give [..., N, K], as the codes lie, and not [..., K, N]. On TPUs
+      a kernel does it, for matrices [E, N, K], and no codes are copied.
+    impl: backend; None picks the best for this platform.
+
+  Raises:
+    NotImplementedError: a backend forced by name that cannot do this.
+  """
+  refusal = mosaic_tpu.refusal(w)
+  if not transposed or w.values.ndim != 3:
+    refusal = 'gives [E, N, K] of [E, N, K] alone'
+  table = {
+    'mosaic_tpu': mosaic_tpu.dequantised,
+    'xla': functools.partial(_dequantised, transposed),
+  }
+  run = dispatch.pick('dequantise', impl, table, {'mosaic_tpu': refusal})
+  return run(w, dtype)
+
+
+def _dequantised(transposed: bool, w: Quantized, dtype) -> Array:
+  return weights.dequantised(w, transposed=transposed).astype(dtype)
 
 
 def _check(x_MD, index_MX, weight_MX, wi_0, wi_1, wo) -> None:

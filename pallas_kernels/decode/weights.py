@@ -39,12 +39,19 @@ def experts(w: Weights) -> int:
   return (w.values if isinstance(w, Quantized) else w).shape[0]
 
 
-def dequantised(w: Weights) -> jax.Array:
-  """[..., K, N]: plain matrices as they are, others in float32."""
+def dequantised(w: Weights, *, transposed: bool = False) -> jax.Array:
+  """[..., K, N]: plain matrices as they are, others in float32.
+
+  Args:
+    w: matrices.
+    transposed: of codes, give [..., N, K], as they lie. Where the compiler has
+      to turn those of one layer, it may keep turned ones of all layers.
+  """
   if not isinstance(w, Quantized):
     return w
   scale_NK = w.scale_inv.repeat(BLOCK, -2).repeat(BLOCK, -1)
-  return (w.values.astype(jnp.float32) * scale_NK).swapaxes(-2, -1)
+  w_NK = w.values.astype(jnp.float32) * scale_NK
+  return w_NK if transposed else w_NK.swapaxes(-2, -1)
 
 
 def one(w: Weights, expert: jax.Array) -> Weights:

@@ -4,6 +4,8 @@ One pass of a loop is one tile of one expert's tokens; the loop is as long as
 there are tiles. FP8 matrices are dequantised one expert at a time.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,8 +23,21 @@ def decode_experts(
   wi_0: weights.Weights,
   wi_1: weights.Weights,
   wo: weights.Weights,
+  *,
+  one: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-  """See `pallas_kernels.decode.api.decode_experts`."""
+  """See `pallas_kernels.decode.api.decode_experts`.
+
+  Args:
+    x_MD: tokens.
+    index_MX: chosen experts.
+    weight_MX: what each choice counts.
+    wi_0: gate.
+    wi_1: up.
+    wo: down.
+    one: (matrices of codes, expert, dtype) -> that expert's matrix [out, in];
+      None = by XLA.
+  """
   plan = plans.make(index_MX, weights.experts(wi_0), TILE)
   rows = plans.rows(*index_MX.shape, weights.experts(wi_0), TILE)
   tile = plans.span(len(x_MD)) or TILE
@@ -35,9 +50,9 @@ def decode_experts(
     expert, row = plan.table_4T[0, entry], plan.table_4T[1, entry]
     first = 0 if plan.source_P is None else row
     x_ND = lax.dynamic_slice_in_dim(x_PD, first, tile)
-    gate_NF, up_NF = (_product(x_ND, w, expert) for w in (wi_0, wi_1))
+    gate_NF, up_NF = (_product(x_ND, w, expert, one) for w in (wi_0, wi_1))
     act_NF = (jax.nn.silu(gate_NF) * up_NF).astype(x_ND.dtype)
-    y_ND = _product(act_NF, wo, expert).astype(x_ND.dtype)
+    y_ND = _product(act_NF, wo, expert, one).astype(x_ND.dtype)
     # Later tiles overwrite what this one says of rows that it does not own.
     return lax.dynamic_update_slice_in_dim(y_PD, y_ND, row, 0)
 
@@ -48,6 +63,14 @@ def decode_experts(
   return plans.combine(y_PD, plan, weight_MX, x_MD.dtype)
 
 
-def _product(x_NK: jax.Array, w: weights.Weights, expert: jax.Array):
-  w_KN = weights.dequantised(weights.one(w, expert))
-  return jnp.einsum('nk,kf->nf', x_NK, w_KN, preferred_element_type=jnp.float32)
+def _product(x_NK: jax.Array, w: weights.Weights, expert: jax.Array, one):
+  if isinstance(w, weights.Quantized):
+    w_FK = (one or _one)(w, expert, x_NK.dtype)
+    how, matrix = 'nk,fk->nf', w_FK
+  else:
+    how, matrix = 'nk,kf->nf', weights.one(w, expert)
+  return jnp.einsum(how, x_NK, matrix, preferred_element_type=jnp.float32)
+
+
+def _one(w: weights.Quantized, expert: jax.Array, _) -> jax.Array:
+  return weights.dequantised(weights.one(w, expert), transposed=True)

@@ -27,6 +27,7 @@ def experts(
   wo_EFD: Float[Array, 'E F D'],
   *,
   rows: int | None = None,
+  transposed: bool = False,
   impl: dispatch.Impl | None = None,
 ) -> Float[Array, 'M D']:
   """Sum over each token's experts of weight * (silu(x wi_0) * (x wi_1)) wo.
@@ -44,29 +45,38 @@ def experts(
     wo_EFD: down projections.
     rows: choices that contribute, at the most, for which room is made; None =
       M * X. The caller answers for it: those past it would be lost.
+    transposed: the matrices are (out, in), [E, F, D] and [E, D, F], as in
+      checkpoints. On TPUs they are not turned in memory then, and there is no
+      derivative.
     impl: backend; None picks the best for this platform.
 
   Raises:
     ValueError: shapes or dtypes that do not match.
     NotImplementedError: a backend forced by name that cannot do this.
   """
-  _check(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
+  matrices = wi_0_EDF, wi_1_EDF, wo_EFD
+  widths = wi_0_EDF.shape[:0:-1] if transposed else wi_0_EDF.shape[1:]
+  _check(x_MD, index_MX, weight_MX, *matrices, widths, transposed)
   refusals = {
-    'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, wi_0_EDF.shape[1:]),
-    'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, wi_0_EDF.shape[1:]),
+    'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, widths),
+    'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, widths),
   }
-  run = dispatch.pick('experts', impl, BACKENDS, refusals)
-  return run(rows, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
+  table = TRANSPOSED if transposed else BACKENDS
+  run = dispatch.pick('experts', impl, table, refusals)
+  return run(rows, x_MD, index_MX, weight_MX, *matrices)
 
 
-def _check(x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD) -> None:
-  experts, width, hidden = wi_0_EDF.shape
+def _check(
+  x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, widths, transposed
+) -> None:
+  (width, hidden), experts = widths, len(wi_0_EDF)
+  down = (width, hidden) if transposed else (hidden, width)
   want = {
     'x': (x_MD, (x_MD.shape[0], width)),
     'weight': (weight_MX, index_MX.shape),
     'index': (index_MX, (x_MD.shape[0], *index_MX.shape[1:])),
     'wi_1': (wi_1_EDF, wi_0_EDF.shape),
-    'wo': (wo_EFD, (experts, hidden, width)),
+    'wo': (wo_EFD, (experts, *down)),
   }
   for name, (found, shape) in want.items():
     if found.shape != shape:
@@ -105,8 +115,19 @@ def composed(
   return permute.unpermute(y_PD, sorted_rows, weight_MX, impl=impl)
 
 
+def _turned(run, rows, x_MD, index_MX, weight_MX, *matrices) -> jax.Array:
+  """Runs the layer on matrices that are turned first."""
+  turned = (w.swapaxes(1, 2) for w in matrices)
+  return run(rows, x_MD, index_MX, weight_MX, *turned)
+
+
 BACKENDS = {
   'mosaic_gpu': functools.partial(vjp.experts, mosaic_gpu.BACKEND, None),
   'mosaic_tpu': functools.partial(vjp.experts, mosaic_tpu.BACKEND, None),
   'xla': functools.partial(composed, 'xla'),
+}
+TRANSPOSED = {
+  'mosaic_gpu': functools.partial(_turned, BACKENDS['mosaic_gpu']),
+  'mosaic_tpu': functools.partial(vjp.inference, mosaic_tpu.TRANSPOSED, None),
+  'xla': functools.partial(_turned, BACKENDS['xla']),
 }

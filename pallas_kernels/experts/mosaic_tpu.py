@@ -40,13 +40,17 @@ def refusal(dtype: jnp.dtype, widths: tuple[int, int]) -> str | None:
 
 
 def up_tiles(
-  chip: tiles_tpu.Chip, mean_rows: int, width: int, hidden: int
+  chip: tiles_tpu.Chip,
+  mean_rows: int,
+  width: int,
+  hidden: int,
+  transpose: bool = False,
 ) -> tiles_tpu.Tiles | None:
   """Tiles of `up`, or None if two experts' matrices do not fit."""
   return tiles_tpu.choose(
     chip,
     mean_rows,
-    chip.chunk,
+    chip.transposed_chunk if transpose else chip.chunk,
     resident=8 * width * hidden,
     row_in=2 * width,
     row_out=6 * hidden,
@@ -92,20 +96,28 @@ def up(
   *,
   align: int,
   save: bool,
+  transpose: bool = False,
   tiles: tiles_tpu.Tiles | None = None,
   chip: tiles_tpu.Chip | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
-  """Gate and up projections and SwiGLU of them; see `vjp.Backend`."""
+  """Gate and up projections and SwiGLU of them; see `vjp.Backend`.
+
+  With `transpose` the matrices are [E, F, D].
+  """
   chip = chip or tiles_tpu.here()
   rows, width = x_PD.shape
-  experts, _, hidden = wi_0_EDF.shape
-  tiles = tiles or up_tiles(chip, rows // experts, width, hidden)
+  experts = wi_0_EDF.shape[0]
+  hidden = wi_0_EDF.shape[1 if transpose else 2]
+  tiles = tiles or up_tiles(chip, rows // experts, width, hidden, transpose)
+  side = 0 if transpose else 1
   shape = jax.ShapeDtypeStruct((rows, hidden), x_PD.dtype)
   found = stream_tpu.stream(
-    functools.partial(_swiglu, save=save, dtype=x_PD.dtype),
+    functools.partial(
+      _swiglu, save=save, dtype=x_PD.dtype, transpose=transpose
+    ),
     stream_tpu.plan(sizes_E, rows, align, tiles.rows, chip.cores),
     [x_PD],
-    [stream_tpu.Matrices(w, 1, hidden) for w in (wi_0_EDF, wi_1_EDF)],
+    [stream_tpu.Matrices(w, side, hidden) for w in (wi_0_EDF, wi_1_EDF)],
     [shape] * (3 if save else 1),
     tiles=tiles,
     chip=chip,
@@ -116,9 +128,9 @@ def up(
   return tuple(found) if save else (None, None, *found)
 
 
-def _swiglu(x_blocks, w_refs, *, save, dtype):
+def _swiglu(x_blocks, w_refs, *, save, dtype, transpose):
   gate, up = (
-    stream_tpu.dot(x_blocks[0], w_ref[...], False)
+    stream_tpu.dot(x_blocks[0], w_ref[...], transpose)
     .astype(dtype)
     .astype(jnp.float32)
     for w_ref in w_refs
@@ -133,16 +145,17 @@ def down(
   sizes_E: jax.Array,
   *,
   align: int,
+  transpose: bool = False,
   tiles: tiles_tpu.Tiles | None = None,
   chip: tiles_tpu.Chip | None = None,
 ) -> jax.Array:
-  """Down projection; see `vjp.Backend`."""
+  """Down projection; see `vjp.Backend`. `transpose`: of [E, D, F]."""
   return mosaic_tpu.product(
     act_PF,
     wo_EFD,
     sizes_E,
     align=align,
-    transpose=False,
+    transpose=transpose,
     out_dtype=act_PF.dtype,
     tiles=tiles,
     chip=chip,
@@ -251,4 +264,9 @@ BACKEND = vjp.Backend(
   down_backward,
   up_backward,
   mosaic_tpu.weight_gradient,
+)
+# Of matrices as they lie in checkpoints; for inference.
+TRANSPOSED = BACKEND._replace(
+  up=functools.partial(up, transpose=True),
+  down=functools.partial(down, transpose=True),
 )

@@ -67,9 +67,17 @@ def experts(
 ) -> jax.Array:
   """See `pallas_kernels.experts.api.experts`; `impl` is of the permutation."""
   weights = wi_0_EDF, wi_1_EDF, wo_EFD
-  y_MD, *_ = _apply(
-    backend, impl, rows, x_MD, index_MX, weight_MX, *weights, save=False
-  )
+  return inference(backend, impl, rows, x_MD, index_MX, weight_MX, *weights)
+
+
+def inference(
+  backend: Backend,
+  impl: dispatch.Impl | None,
+  rows: int | None,
+  *operands: jax.Array,
+) -> jax.Array:
+  """`experts` without a derivative."""
+  y_MD, *_ = _apply(backend, impl, rows, *operands, save=False)
   return y_MD
 
 

@@ -46,15 +46,15 @@ PODS = {
   ),
   'v5e:4x8': (
     'configs/plan.py',
-    'plan.topology=v5e:4x8 plan.programs=decode engine.fp8=True '
-    'engine.slots=64 engine.length=8192 plan.rollout_expert=8 '
-    'plan.rollout_tensor=4',
+    'plan.topology=v5e:4x8 plan.programs=decode,prefill engine.fp8=True '
+    'engine.slots=64 engine.length=8192 engine.prompts=8 '
+    'plan.rollout_expert=8 plan.rollout_tensor=4',
   ),
   'v6e:4x4': (
     'configs/plan.py',
-    'plan.topology=v6e:4x4 plan.programs=decode engine.fp8=True '
-    'engine.slots=32 engine.length=16384 plan.rollout_expert=4 '
-    'plan.rollout_tensor=4',
+    'plan.topology=v6e:4x4 plan.programs=decode,prefill engine.fp8=True '
+    'engine.slots=32 engine.length=16384 engine.prompts=8 '
+    'plan.rollout_expert=4 plan.rollout_tensor=4',
   ),
 }
 

@@ -38,9 +38,11 @@ CFG = config.ModelConfig(
 )
 
 
-def make(slots=8, length=128, chunk=8, key=0, mesh=None, **kwargs):
+def make(slots=8, length=128, chunk=8, key=0, mesh=None, rows=32, **kwargs):
   params = model_params.init(CFG, jax.random.key(key), mesh)
-  sizes = config.EngineConfig(slots=slots, length=length, chunk=chunk)
+  sizes = config.EngineConfig(
+    slots=slots, length=length, chunk=chunk, prompts=rows
+  )
   return engine_lib.Engine(CFG, sizes, params, mesh=mesh, **kwargs), params
 
 
@@ -106,6 +108,16 @@ class EngineTest(parameterized.TestCase):
     for a, b in zip(alone, mixed):
       np.testing.assert_array_equal(a.ids, b.ids)
       np.testing.assert_allclose(a.logprobs, b.logprobs, atol=SAME)
+
+  def test_as_many_prompts_at_a_time_as_are_allowed(self):
+    requests = [request(p, seed=i) for i, p in enumerate(prompts(12, seed=3))]
+    engine, _ = make()
+    want = engine.run(requests)
+    engine, _ = make(rows=2)
+    for a, b in zip(want, engine.run(requests)):
+      np.testing.assert_array_equal(a.ids, b.ids)
+      np.testing.assert_allclose(a.logprobs, b.logprobs, atol=SAME)
+    self.assertGreaterEqual(engine.counters.prefills, 6)
 
   def test_stop_ids_lengths_and_full_contexts(self):
     engine, _ = make()

@@ -69,6 +69,12 @@ class HostsTest(absltest.TestCase):
     self.assertEqual(code, 0, said[-4000:])
     return said
 
+  def wait_for(self, text: str, count: int, process: subprocess.Popen) -> None:
+    """Until `text` was printed so often, or `process` is no more."""
+    log = self.root / 'log'
+    while log.read_text().count(text) < count and process.poll() is None:
+      time.sleep(0.5)
+
   def losses(self, name: str, **variables: str) -> list[float]:
     workdir = self.root / name
     run = self.start(
@@ -110,10 +116,13 @@ class HostsTest(absltest.TestCase):
       f'--config.checkpoint.init_from={sft}', f'--workdir={self.root / "rl"}',
       *RL, **variables,
     )  # fmt: skip
-    agents = [
-      self.start('bash', 'launch/rl.sh', 'agents', CPUS='1', **variables)
-      for _ in range(2)
-    ]
+    agents = []
+    for number in range(2):
+      # On one machine they would take the same ports if they started at once.
+      self.wait_for('Ray runtime started', number, trainer)
+      agents.append(
+        self.start('bash', 'launch/rl.sh', 'agents', CPUS='1', **variables)
+      )
     said = self.finish(trainer)
     self.assertNotIn(variables['RAY_AUTH_TOKEN'], said)
     with pools.DataPool(f'sqlite:///{self.root}/rl/pool.db') as pool:

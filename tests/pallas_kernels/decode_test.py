@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.decode import mosaic_gpu, weights
+from pallas_kernels.decode import mosaic_gpu, mosaic_tpu, weights
 from pallas_kernels.decode import plan as plans
 from tests.pallas_kernels import decode_cases as cases
 
@@ -50,6 +50,31 @@ class DecodeTest(parameterized.TestCase):
     self.assertEqual(got.dtype, jnp.bfloat16)
     self.assertLess(cases.error(got, want), cases.TOLERANCE)
     self.assertLess(cases.error(cases.EXPECTED(*args), want), 1e-5)
+
+  @parameterized.parameters('few, some elsewhere', 'evenly', 'nobody')
+  def test_a_tpu_makes_codes_plain_by_a_kernel(self, name):
+    args = cases.tokens(3, INDICES[name], SHAPE.width)
+    args += cases.matrices(jax.random.key(4), SHAPE, True)
+    got = pallas_kernels.decode_experts(*args, impl='mosaic_tpu')
+    self.assertLess(cases.error(got, by_token(*args)), cases.TOLERANCE)
+    plain = cases.matrices(jax.random.key(4), SHAPE, False)
+    with self.assertRaisesRegex(NotImplementedError, 'need no kernel'):
+      pallas_kernels.decode_experts(*args[:3], *plain, impl='mosaic_tpu')
+
+  @parameterized.parameters('float32', 'bfloat16')
+  def test_dequantising(self, dtype):
+    for w in cases.matrices(jax.random.key(5), SHAPE, True):
+      want = pallas_kernels.dequantise(w, dtype, impl='xla').swapaxes(1, 2)
+      for impl in ('xla', 'mosaic_tpu'):
+        got = pallas_kernels.dequantise(w, dtype, transposed=True, impl=impl)
+        self.assertEqual(got.dtype, dtype)
+        np.testing.assert_array_equal(np.float32(got), np.float32(want))
+      some = jnp.array([4, 0, 4])
+      got = mosaic_tpu.dequantised(w, dtype, experts_I=some)
+      want = np.float32(want)[np.asarray(some)]
+      np.testing.assert_array_equal(np.float32(got), want)
+      with self.assertRaisesRegex(NotImplementedError, r'gives \[E, N, K\]'):
+        pallas_kernels.dequantise(w, dtype, impl='mosaic_tpu')
 
   def test_plain_matrices_may_be_float32(self):
     x, index, weight = cases.tokens(3, INDICES['evenly'], SHAPE.width)

@@ -56,6 +56,10 @@ class ExpertsMosaicTpuTest(parameterized.TestCase):
     *none, alone = small(mosaic_tpu.up)(x_PD, wi_0, wi_1, sizes_E, save=False)
     self.assertEqual(none, [None, None])
     np.testing.assert_array_equal(np.float32(alone), np.float32(act))
+    turned = [w.swapaxes(1, 2) for w in (wi_0, wi_1)]
+    transposed = functools.partial(mosaic_tpu.up, transpose=True)
+    *_, alone = small(transposed)(x_PD, *turned, sizes_E, save=False)
+    np.testing.assert_array_equal(np.float32(alone), np.float32(act))
 
   def test_up_backward(self):
     sizes_E = jnp.asarray(self.SIZES, jnp.int32)

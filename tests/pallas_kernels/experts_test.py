@@ -58,6 +58,9 @@ class ExpertsTest(parameterized.TestCase):
       ours, spec = np.float64(ours), np.float64(spec)
       error = np.linalg.norm(ours - spec) / np.linalg.norm(spec)
       self.assertLess(error, tolerance, name)
+    turned = [w.swapaxes(1, 2) for w in args[3:]]
+    y = layer(*args[:3], *turned, transposed=True)
+    np.testing.assert_array_equal(np.float32(y), np.float32(got[0]))
 
   def test_without_a_choice_here_nothing_comes_out(self):
     x, index, *rest = operands(128, 128, 'float32')
@@ -78,6 +81,8 @@ class ExpertsTest(parameterized.TestCase):
       pallas_kernels.experts(x, index, weight, wi_0, wi_1, wi_1)
     with self.assertRaisesRegex(ValueError, 'weight is'):
       pallas_kernels.experts(x, index, weight[:, :1], wi_0, wi_1, wo)
+    with self.assertRaisesRegex(ValueError, 'x is'):
+      pallas_kernels.experts(x, index, weight, wi_0, wi_1, wo, transposed=True)
     with self.assertRaisesRegex(ValueError, 'x is'):
       pallas_kernels.experts(x[:, :64], index, weight, wi_0, wi_1, wo)
     with self.assertRaisesRegex(ValueError, 'differ in dtype'):
