@@ -53,6 +53,10 @@ def decode_experts(
     'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, weights.widths(wi_0)),
     'mosaic_tpu': mosaic_tpu.refusal(wi_0),
   }
+  if impl is None:
+    refusals['mosaic_tpu'] = refusals['mosaic_tpu'] or mosaic_tpu.passed_over(
+      len(x_MD)
+    )
   backend = dispatch.pick('decode_experts', impl, BACKENDS, refusals)
   return backend(x_MD, index_MX, weight_MX, wi_0, wi_1, wo)
 
