@@ -17,9 +17,8 @@ from pallas_kernels.decode import weights
 from pallas_kernels.decode import xla as loop
 from pallas_kernels.gmm import mosaic_tpu, stream_tpu
 
-
-# Up to so many tokens XLA's loop moves less: where a layer is a slice of a stack,
-# a kernel is given a copy of it. v6e, 62 layers, 32 tokens: 46 ms against 59.
+# Up to so many tokens XLA's loop moves less: a kernel is given a copy of the
+# layer that is cut out of the stack.
 FEW = 128
 
 
