@@ -2,8 +2,9 @@
 
     python main.py --config=configs/plan.py --config.plan.topology=v5p:8x8x8
     python main.py --config=configs/plan.py --config.plan.topology=v6e:4x4 \
-      --config.plan.programs=decode --config.engine.fp8=True \
-      --config.plan.rollout_expert=16
+      --config.plan.programs=decode,prefill --config.engine.fp8=True \
+      --config.engine.slots=32 --config.engine.prompts=8 \
+      --config.plan.rollout_expert=4 --config.plan.rollout_tensor=4
 
 compiles the programs of configs/m2.py and configs/rl.py for the topology with
 its own compiler and prints what each device holds, sends and could at best do;
