@@ -83,8 +83,8 @@ def _to_public(step, target, dtype, beside) -> settings.ModelConfig:
   if model is None:
     raise store.CheckpointError(f'{step} does not say the shape of its model')
   cfg = settings.ModelConfig(**model)
-  params = saved.params(step, cfg)
-  saved.check_sums(step, params)
+  params = saved.params(step, meta, cfg)
+  saved.check_sums(step, meta, params)
   # The leaves' checksums say which values these are.
   same = json.dumps(meta['leaves'], sort_keys=True)
   hf.save(params, target, cfg, dtype=dtype, beside=beside, resume=same)

@@ -133,7 +133,7 @@ def options() -> ocp.Context:
 
 
 def _storage(key: tuple, _: Any) -> Any:
-  name = name_of(key)
+  name = sharding.name_of(key)
   options = ocp.options.ArrayOptions.Saving.StorageOptions
   if name in ('embed', 'head'):
     return options(chunk_byte_size=_CHUNK)
@@ -233,14 +233,10 @@ def newest(path: str | pathlib.Path) -> pathlib.Path:
   )
 
 
-def name_of(key: tuple) -> str:
-  """A leaf's path as text: `params/blocks/attn/q`."""
-  return jax.tree_util.keystr(key, simple=True, separator='/')
-
-
 def leaves(tree: Any) -> list[tuple[str, Any]]:
   """Names and leaves, in flattening order."""
-  return [(name_of(key), leaf) for key, leaf in jax.tree.leaves_with_path(tree)]
+  named = jax.tree.leaves_with_path(tree)
+  return [(sharding.name_of(key), leaf) for key, leaf in named]
 
 
 def nested(state: Any) -> dict[str, Any]:
@@ -281,10 +277,24 @@ def check_leaves(path: pathlib.Path, saved: dict, wanted: dict) -> None:
     raise CheckpointError(f'{path} is of another model: {listed}{more}')
 
 
-def check_sums(path: pathlib.Path, saved: dict, loaded: Any) -> None:
+def of_params(meta: dict[str, Any]) -> dict[str, dict]:
+  """What `meta` says of the parameters, by name."""
+  return {
+    name: leaf
+    for name, leaf in meta['leaves'].items()
+    if name.startswith('params/')
+  }
+
+
+def check_loaded(path: pathlib.Path, saved: dict, loaded: Any) -> None:
   """Raises `CheckpointError` if a value is not the one that was written."""
-  found = fingerprint.sums(loaded)
-  for (name, _), value in zip(leaves(loaded), found, strict=True):
+  names = [name for name, _ in leaves(loaded)]
+  check_sums(path, saved, dict(zip(names, fingerprint.sums(loaded))))
+
+
+def check_sums(path: pathlib.Path, saved: dict, found: dict[str, int]) -> None:
+  """The same of checksums by name."""
+  for name, value in found.items():
     if saved[name]['sum'] != value:
       raise CheckpointError(
         f'{path} is corrupt: {name} is not what its checksum says'

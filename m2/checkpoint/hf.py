@@ -262,8 +262,7 @@ def _scale_leaves(leaves, places, slots, scales) -> dict[str, jax.Array]:
   by_leaf: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
   for name, slot in slots.items():
     if slot.codes:
-      leaf = slot.entry.leaf.removesuffix(hf_names.CODES) + hf_names.SCALES
-      by_leaf.setdefault(leaf, {})[slot.index] = scales[name + _SCALE]
+      by_leaf.setdefault(slot.scales, {})[slot.index] = scales[name + _SCALE]
 
   def read(name: str, index) -> np.ndarray:
     ranges = [range(n)[cut] for n, cut in zip(leaves[name].shape, index)]

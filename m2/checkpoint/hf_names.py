@@ -123,6 +123,11 @@ class Slot:
     """Whether the leaf is of codes of FP8."""
     return self.entry.leaf.endswith(CODES)
 
+  @property
+  def scales(self) -> str:
+    """The leaf beside that of codes."""
+    return self.entry.leaf.removesuffix(CODES) + SCALES
+
 
 def sizes_of(cfg: config.ModelConfig) -> dict[str, int]:
   """Size of the axis behind each letter of a layout."""

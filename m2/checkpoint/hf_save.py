@@ -226,8 +226,7 @@ def _arrays(
   leaf = leaves[slot.entry.leaf]
   scale_name = name + hf_tree.SCALE
   if slot.codes:
-    scales = slot.entry.leaf.removesuffix(hf_names.CODES) + hf_names.SCALES
-    yield scale_name, 0, fetch(leaves[scales], slot.index)
+    yield scale_name, 0, fetch(leaves[slot.scales], slot.index)
   dtype = shards.DTYPES[specs[name][0]]
   for row, x in _rows(leaf, slot, sizes):
     if slot.codes or len(specs) == 1:

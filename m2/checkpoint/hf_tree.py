@@ -13,6 +13,7 @@ import jax
 
 from m2 import config
 from m2.model import params
+from m2.parallel import sharding
 
 # By the last part of the leaf's path. The router is float32 in every released
 # file; the matrices of `QUANTISED` are the ones FP8 checkpoints store as FP8.
@@ -23,11 +24,8 @@ SCALE = '_scale_inv'  # behind a weight's name in files
 
 def flat(tree: Any) -> dict[str, Any]:
   """Leaves by path."""
-  return {_name(key): leaf for key, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _name(key: tuple) -> str:
-  return jax.tree_util.keystr(key, simple=True, separator='/')
+  named = jax.tree.leaves_with_path(tree)
+  return {sharding.name_of(key): leaf for key, leaf in named}
 
 
 def nested(
@@ -35,7 +33,7 @@ def nested(
 ) -> dict[str, Any]:
   """Undoes `flat`, for the parameters of `cfg`."""
   return jax.tree_util.tree_map_with_path(
-    lambda key, _: leaves[_name(key)], params.abstract(cfg)
+    lambda key, _: leaves[sharding.name_of(key)], params.abstract(cfg)
   )
 
 

@@ -23,7 +23,6 @@ from m2.parallel import sharding
 # Decoded chunks that are kept: several reads may want parts of the same.
 _CACHE = 2**28  # bytes
 _SMALL = 2**20  # bytes; a leaf that is no larger is read whole
-_LEAD = 'params/'  # before the names of parameters in `meta`
 _THREADS = 8  # each holds one matrix
 
 
@@ -52,14 +51,20 @@ class Leaf:
     return math.prod(self.shape) * self.dtype.itemsize
 
   def __getitem__(self, index: tuple[int | slice, ...]) -> np.ndarray:
-    """Reads a part; of a leaf that is one matrix, all of it, once.
+    """Reads a part; of a leaf that is small or one matrix, all of it, once.
 
     Raises:
       directory.CheckpointError: it cannot be read.
     """
-    if self._stacked and self.nbytes > _SMALL:
+    if self.nbytes <= _SMALL:
+      return self._kept[index]
+    if self._stacked:
       return _read(self._name, self._array[index])
-    return _whole(self)[index]
+    return _newest(self)[index]
+
+  @functools.cached_property
+  def _kept(self) -> np.ndarray:
+    return _whole(self)
 
   def parts(self) -> Iterator[tuple[int, tuple[int, ...]]]:
     """The matrices: place of the first value in the leaf, and index."""
@@ -69,7 +74,6 @@ class Leaf:
       yield number * step, index
 
 
-@functools.lru_cache(maxsize=1)
 def _whole(leaf: Leaf) -> np.ndarray:
   """All of a leaf, chunk by chunk: nothing else is held meanwhile."""
   out = np.empty(leaf.shape, leaf.dtype)
@@ -83,20 +87,31 @@ def _whole(leaf: Leaf) -> np.ndarray:
   return out
 
 
+# Of large leaves that are one matrix; small ones, read in between, keep theirs.
+_newest = functools.lru_cache(maxsize=1)(_whole)
+
+
 def _read(name: str, array: ts.TensorStore) -> np.ndarray:
+  return _result(name, array.read())
+
+
+def _result(name: str, future: ts.Future) -> Any:
   try:
-    return array.read().result()
+    return future.result()
   except Exception as error:  # TensorStore raises many kinds
     raise directory.CheckpointError(
       f'{name} cannot be read: {directory.summary(error)}'
     ) from error
 
 
-def params(step: pathlib.Path, cfg: config.ModelConfig) -> dict[str, Any]:
+def params(
+  step: pathlib.Path, meta: dict[str, Any], cfg: config.ModelConfig
+) -> dict[str, Any]:
   """The parameters, as `m2.model.params.abstract(cfg)` has them.
 
   Args:
     step: a step directory (`directory.newest`).
+    meta: what `directory.read_meta` says of it.
     cfg: the model that was saved.
 
   Returns:
@@ -105,24 +120,13 @@ def params(step: pathlib.Path, cfg: config.ModelConfig) -> dict[str, Any]:
   Raises:
     directory.CheckpointError: it is of another model, or cannot be opened.
   """
-  meta = directory.read_meta(step)
   wanted = hf_tree.abstract(cfg, cfg.param_dtype)
-  directory.check_leaves(
-    step, _saved(meta), directory.describe({'params': wanted})
-  )
+  described = directory.describe({'params': wanted})
+  directory.check_leaves(step, directory.of_params(meta), described)
   context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE}})
   return hf_tree.nested(
     cfg, {name: _open(step / 'params', name, context) for name in wanted}
   )
-
-
-def _saved(meta: dict[str, Any]) -> dict[str, dict]:
-  """What `meta` says of the parameters, by name."""
-  return {
-    name: leaf
-    for name, leaf in meta['leaves'].items()
-    if name.startswith(_LEAD)
-  }
 
 
 def _open(folder: pathlib.Path, name: str, context: ts.Context) -> Leaf:
@@ -131,23 +135,20 @@ def _open(folder: pathlib.Path, name: str, context: ts.Context) -> Leaf:
   path = name.replace('/', '.') + '/'
   store = {'driver': 'ocdbt', 'base': base, 'path': path}
   spec = {'driver': 'zarr3', 'kvstore': store}
-  try:
-    array = ts.open(spec, open=True, read=True, context=context).result()
-  except Exception as error:  # TensorStore raises many kinds
-    raise directory.CheckpointError(
-      f'{folder}: {name} cannot be read: {directory.summary(error)}'
-    ) from error
-  return Leaf(f'{folder}: {name}', array, sharding.stacked(name))
+  title = f'{folder}: {name}'
+  opened = ts.open(spec, open=True, read=True, context=context)
+  return Leaf(title, _result(title, opened), sharding.stacked(name))
 
 
-def check_sums(step: pathlib.Path, tree: dict[str, Any]) -> None:
-  """Reads all of `params(step, ...)` and compares its checksums.
+def check_sums(
+  step: pathlib.Path, meta: dict[str, Any], tree: dict[str, Any]
+) -> None:
+  """Reads all of `params(step, meta, ...)` and compares its checksums.
 
   Raises:
     directory.CheckpointError: a value is not the one that was written.
   """
-  saved = _saved(directory.read_meta(step))
-  leaves = hf_tree.flat(tree)
+  leaves = hf_tree.flat({'params': tree})
   sums = dict.fromkeys(leaves, 0)
   work = [
     (name, first, index)
@@ -165,8 +166,5 @@ def check_sums(step: pathlib.Path, tree: dict[str, Any]) -> None:
     for name, part, nbytes in shards.each(one, work, _THREADS):
       sums[name] += part
       bar.update(nbytes)
-  for name, found in sums.items():
-    if found % 2**32 != saved[_LEAD + name]['sum']:
-      raise directory.CheckpointError(
-        f'{step} is corrupt: {_LEAD}{name} is not what its checksum says'
-      )
+  found = {name: total % 2**32 for name, total in sums.items()}
+  directory.check_sums(step, directory.of_params(meta), found)

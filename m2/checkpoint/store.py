@@ -212,12 +212,12 @@ def _restore(path: pathlib.Path, abstract: Any, data_iter: Any) -> Restored:
     items['trainer'] = tree
   loaded = layout.load(path, items)
   loaded = {'params': loaded['params']} | loaded.get('trainer', {})
-  layout.check_sums(path, meta['leaves'], loaded)
+  layout.check_loaded(path, meta['leaves'], loaded)
   if data_iter is not None:
     layout.load(path, {'data': layout.Json(data_iter)})
   values = dict(layout.leaves(loaded))
   state = jax.tree_util.tree_map_with_path(
-    lambda key, _: values[layout.name_of(key)], abstract
+    lambda key, _: values[sharding.name_of(key)], abstract
   )
   return Restored(state, meta['step'], meta['extra'])
 
@@ -260,21 +260,17 @@ def load_params(
   path = layout.newest(path)
   meta = layout.read_meta(path)
   _check_meaning(path, cfg, meta['extra'])
-  saved = {
-    name: leaf
-    for name, leaf in meta['leaves'].items()
-    if name.startswith('params/')
-  }
+  saved = layout.of_params(meta)
   modules = saved.get('params/mtp/norm', {'shape': [0]})['shape'][0]
   wanted = {
     'params': _placed(dataclasses.replace(cfg, mtp_modules=modules), mesh)
   }
   stored = jax.tree_util.tree_map_with_path(
-    lambda key, leaf: _as_saved(leaf, saved.get(layout.name_of(key))), wanted
+    lambda key, leaf: _as_saved(leaf, saved.get(sharding.name_of(key))), wanted
   )
   layout.check_leaves(path, saved, layout.describe(stored))
   loaded = layout.load(path, stored)
-  layout.check_sums(path, saved, loaded)
+  layout.check_loaded(path, saved, loaded)
   params = jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, wanted)
   return _fit_modules(cfg, mesh, modules, params['params'])
 

@@ -62,6 +62,11 @@ class Counters:
   seconds: float = 0.0  # inside `step`
 
 
+def prefill_rows(engine: config.EngineConfig, ways: int, most: int) -> int:
+  """Prompts of one prefill, over `ways` devices, where `most` may wait."""
+  return min(-(-min(most, engine.prompts) // ways) * ways, engine.slots)
+
+
 class Engine:
   """Generates for many callers at once.
 
@@ -115,8 +120,7 @@ class Engine:
     quarters = (math.ceil(engine.length * k / 4 / PREFILL) for k in range(1, 5))
     self._lengths = sorted({PREFILL * x for x in quarters})
     few, many = (
-      min(-(-min(rows, engine.prompts) // ways) * ways, engine.slots)
-      for rows in (FEW, engine.prompts)
+      prefill_rows(engine, ways, most) for most in (FEW, engine.prompts)
     )
     self._batches = sorted({(few, few), (many, engine.slots)})
     make = functools.partial(slots.empty, cfg, engine.slots, self._lengths[-1])

@@ -58,6 +58,11 @@ RULES: dict[str, str | tuple[str, ...]] = {
 }
 
 
+def name_of(path: tuple) -> str:
+  """A leaf's path as text: `params/blocks/attn/q`."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
 def stacked(name: str) -> int:
   """How many axes, layer and expert, lead to the matrices of a parameter."""
   axes = AXES[name.rsplit('/', 1)[-1]]
@@ -221,7 +226,7 @@ def param_shardings(
   errors: list[str] = []
 
   def one(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    name = name_of(path)
     last = name.rsplit('/', 2)
     axes = AXES.get('/'.join(last[-2:])) or AXES.get(last[-1])
     if axes is None:

@@ -240,8 +240,7 @@ def prefill_program(
   """One turn of `engine.PREFILL` tokens of a full batch of prompts."""
   model, engine = _served(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
-  ways = _ways(mesh)
-  rows = min(-(-engine.prompts // ways) * ways, engine.slots)
+  rows = engines.prefill_rows(engine, _ways(mesh), engine.prompts)
   where = jax.sharding.NamedSharding(mesh, jax.P())
 
   def host(*shape, dtype=jnp.int32):

@@ -17,6 +17,7 @@ import numpy as np
 from m2 import config as settings
 from m2.model import params as model_params
 from m2.obs import metrics, profile
+from m2.parallel import sharding
 from m2.train import guard as guards
 from m2.train import introspect
 
@@ -167,8 +168,7 @@ class Journal:
   def _diagnosis(self, step: int, values: dict, bad, params: Any) -> str:
     """One line: what is not finite, where first, and what is still sound."""
     names = [
-      jax.tree_util.keystr(path, simple=True, separator='/')
-      for path, _ in jax.tree.leaves_with_path(params)
+      sharding.name_of(path) for path, _ in jax.tree.leaves_with_path(params)
     ]
     broken = [
       name

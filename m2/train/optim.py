@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from m2 import config
+from m2.parallel import sharding
 
 # Leaf name -> axes summed over in x @ W and axes of the output; the other axes
 # (layer, expert) are a batch of matrices, each orthogonalised by itself.
@@ -45,7 +46,7 @@ MUON_RMS = 0.2
 
 def name_of(path: tuple) -> str:
   """The last key of a leaf's path."""
-  return jax.tree_util.keystr(path, simple=True, separator='/').rsplit('/')[-1]
+  return sharding.name_of(path).rsplit('/')[-1]
 
 
 def _by_name(tree: Any, rule: Callable[[str], Any]) -> Any:

@@ -51,12 +51,8 @@ def decode_experts(
   _check(x_MD, index_MX, weight_MX, wi_0, wi_1, wo)
   refusals = {
     'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, weights.widths(wi_0)),
-    'mosaic_tpu': mosaic_tpu.refusal(wi_0),
+    'mosaic_tpu': mosaic_tpu.refusal(wi_0, None if impl else len(x_MD)),
   }
-  if impl is None:
-    refusals['mosaic_tpu'] = refusals['mosaic_tpu'] or mosaic_tpu.passed_over(
-      len(x_MD)
-    )
   backend = dispatch.pick('decode_experts', impl, BACKENDS, refusals)
   return backend(x_MD, index_MX, weight_MX, wi_0, wi_1, wo)
 

@@ -22,16 +22,20 @@ from pallas_kernels.gmm import mosaic_tpu, stream_tpu
 FEW = 128
 
 
-def passed_over(tokens: int) -> str | None:
-  """Why this kernel is not the best for so many tokens, or None."""
-  return f'is slower for {tokens} tokens' if tokens <= FEW else None
+def refusal(w: weights.Weights, tokens: int | None = None) -> str | None:
+  """Why this kernel is of no use here, or None.
 
-
-def refusal(wi_0: weights.Weights) -> str | None:
-  """Why this kernel is of no use here, or None."""
-  if not isinstance(wi_0, weights.Quantized):
+  Args:
+    w: matrices.
+    tokens: of the layer, where the best is asked for and not this by name.
+  """
+  if not isinstance(w, weights.Quantized):
     return 'takes codes of FP8; plain matrices need no kernel'
-  return mosaic_tpu.no_device()
+  if reason := mosaic_tpu.no_device():
+    return reason
+  if tokens is not None and tokens <= FEW:
+    return f'is slower for {tokens} tokens'
+  return None
 
 
 def dequantised(

@@ -16,6 +16,10 @@ from pallas_kernels.decode import weights
 TILE = 16  # most tokens of an expert that are multiplied together
 
 
+def _one(w: weights.Quantized, expert: jax.Array, _) -> jax.Array:
+  return weights.dequantised(weights.one(w, expert), transposed=True)
+
+
 def decode_experts(
   x_MD: jax.Array,
   index_MX: jax.Array,
@@ -24,7 +28,7 @@ def decode_experts(
   wi_1: weights.Weights,
   wo: weights.Weights,
   *,
-  one: Callable[..., jax.Array] | None = None,
+  one: Callable[..., jax.Array] = _one,
 ) -> jax.Array:
   """See `pallas_kernels.decode.api.decode_experts`.
 
@@ -35,8 +39,7 @@ def decode_experts(
     wi_0: gate.
     wi_1: up.
     wo: down.
-    one: (matrices of codes, expert, dtype) -> that expert's matrix [out, in];
-      None = by XLA.
+    one: (matrices of codes, expert, dtype) -> that expert's matrix [out, in].
   """
   plan = plans.make(index_MX, weights.experts(wi_0), TILE)
   rows = plans.rows(*index_MX.shape, weights.experts(wi_0), TILE)
@@ -65,12 +68,7 @@ def decode_experts(
 
 def _product(x_NK: jax.Array, w: weights.Weights, expert: jax.Array, one):
   if isinstance(w, weights.Quantized):
-    w_FK = (one or _one)(w, expert, x_NK.dtype)
-    how, matrix = 'nk,fk->nf', w_FK
+    how, matrix = 'nk,fk->nf', one(w, expert, x_NK.dtype)
   else:
     how, matrix = 'nk,kf->nf', weights.one(w, expert)
   return jnp.einsum(how, x_NK, matrix, preferred_element_type=jnp.float32)
-
-
-def _one(w: weights.Quantized, expert: jax.Array, _) -> jax.Array:
-  return weights.dequantised(weights.one(w, expert), transposed=True)

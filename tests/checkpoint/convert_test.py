@@ -109,6 +109,21 @@ class ConvertTest(parameterized.TestCase):
     self.assertContainsSubset({held, *matrices}, set(reads))
     self.assertEqual(max(reads), max(held, *matrices))
 
+  def test_small_leaves_do_not_push_out_a_large_one(self):
+    """The embedding is read by pieces of rows, and norms in between."""
+    self.save_run()
+    step = store.newest(self.folder / 'run')
+    meta = store.read_meta(step)
+    params = saved.params(step, meta, CFG)
+    self.enter_context(
+      mock.patch.object(saved, '_SMALL', params['final_norm'].nbytes)
+    )
+    with mock.patch.object(saved, '_read', wraps=saved._read) as read:
+      for row in range(0, CFG.vocab, 8):
+        params['embed'][row : row + 8,]
+        params['final_norm'][:,]
+    self.assertEqual(read.call_count, 2)
+
   def test_a_wrong_value_is_found_before_anything_is_written(self):
     self.save_run()
     folder = self.folder / 'run' / 'checkpoints' / '3' / 'params'
