@@ -1,9 +1,10 @@
 """The expert layer's products on Hopper, with what follows them fused in.
 
-Forward, gate and up projections are one pass over the rows whose results meet
-in registers: the pre-activations and the activation leave together. Backward,
-both products of the rows' gradient are summed in registers, and the gradient of
-SwiGLU is a pass of its own. See `gmm/panels.py` for the products.
+Forward, gate and up projections are one pass over the rows, which it looks up
+among the tokens; results meet in registers, and the pre-activations and the
+activation leave together. Backward, both products of the rows' gradient are
+summed in registers, and the gradient of SwiGLU is a pass of its own. See
+`gmm/panels.py` for the products.
 
 Rows that no group needs cost nothing, however many there is room for: of those
 after the last group CLEAR are zeros, and the others are never read.
@@ -20,7 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import vjp
-from pallas_kernels.gmm import layout, mosaic_gpu, panels, pipeline
+from pallas_kernels.gmm import (
+  gathered,
+  layout,
+  mosaic_gpu,
+  panels,
+  pipeline,
+)
+from pallas_kernels.permute import api as permute
 
 LOG2_E = 1.4426950408889634
 CLEAR = max(tile_tables.DEPTHS)  # what a weight gradient may read past a group
@@ -33,8 +41,14 @@ def refusal(dtype: jnp.dtype, widths: tuple[int, int]) -> str | None:
   return mosaic_gpu.refusal(dtype, widths, dtype)
 
 
+def look_up(x_MD: jax.Array, plan: permute.Plan, *, impl=None) -> gathered.Rows:
+  """Tokens in the order of their experts, which `up` looks up as it goes."""
+  del impl
+  return gathered.Rows(x_MD, plan.source_P, plan.place_MX.shape[1])
+
+
 def up(
-  x_PD: jax.Array,
+  x_PD: jax.Array | gathered.Rows,
   wi_0_EDF: jax.Array,
   wi_1_EDF: jax.Array,
   sizes_E: jax.Array,
@@ -60,7 +74,8 @@ def up(
     [jax.ShapeDtypeStruct((rows, width), x_PD.dtype)] * (3 if save else 1),
     blocks=blocks,
   )
-  found = [hopper.varying_like(x_PD, z) for z in found]
+  x = x_PD.x_MD if isinstance(x_PD, gathered.Rows) else x_PD
+  found = [hopper.varying_like(x, z) for z in found]
   return tuple(found) if save else (None, None, *found)
 
 
@@ -290,4 +305,5 @@ BACKEND = vjp.Backend(
   # Rows come from `permute.gather` and the products above: zeros in the gaps.
   weight_gradient=functools.partial(mosaic_gpu.weight_gradient, clean=True),
   clear=CLEAR,
+  rows=look_up,
 )

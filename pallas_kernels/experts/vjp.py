@@ -13,7 +13,7 @@ section 4, has the same identity).
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class Backend(NamedTuple):
       dx_PD, the sum of both products.
     weight_gradient: (x_PK, dy_PN, sizes_E, *, align, out_dtype) -> dw_EKN.
     clear: rows after the last group that hold zeros; None = all of them.
+    rows: (x_MD, plan, *, impl) -> what `up` takes for x_PD where nobody else
+      needs it: the forward pass.
   """
 
   alignment: Callable[[int, int], int]
@@ -51,6 +53,7 @@ class Backend(NamedTuple):
   up_backward: Callable[..., jax.Array]
   weight_gradient: Callable[..., jax.Array]
   clear: int | None = None
+  rows: Callable[..., Any] = permute.gather
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -103,7 +106,7 @@ def _apply(
     index_MX, wi_0_EDF.shape[0], align=align, rows=rows, impl=impl
   )
   with jax.named_scope('gather'):
-    x_PD = permute.gather(x_MD, plan, clear=backend.clear, impl=impl)
+    x_PD = backend.rows(x_MD, plan, impl=impl)
   gate_PF, up_PF, act_PF = backend.up(
     x_PD, wi_0_EDF, wi_1_EDF, plan.sizes_G, align=align, save=save
   )

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.gmm import layout, pipeline
+from pallas_kernels.gmm import gathered, layout, pipeline
 
 PANEL = pipeline.CONSUMERS * pipeline.HALF  # output features of a panel
 DEPTH = 64  # contraction length of a stage: a row of it is one swizzle
@@ -46,6 +46,8 @@ class Form:
     tiles: how the rows are cut.
     chunk: rows that are staged and stored at a time.
     out_dtype: of every result.
+    choices: of a token, where its rows are looked up (one part); 0 = rows lie
+      in the order of their groups.
   """
 
   parts: int
@@ -55,6 +57,7 @@ class Form:
   tiles: tile_tables.RowTiles
   chunk: int
   out_dtype: jnp.dtype
+  choices: int = 0
 
   def columns(self, column: jax.Array, panel: int) -> jax.Array:
     """First output feature of a panel of the `column`-th tile."""
@@ -93,7 +96,7 @@ def call(
   form: Form,
   finish: Finish,
   plan: layout.Segments,
-  xs: Sequence[jax.Array],
+  xs: Sequence[jax.Array | gathered.Rows],
   ws: Sequence[jax.Array],
   columns: int,
   outputs: Sequence[jax.ShapeDtypeStruct],
@@ -108,7 +111,7 @@ def call(
     finish: (place, values, count, outputs, staging memory) stores the sums
       `values` of a tile, float32[64, count] a panel.
     plan: segments of the rows.
-    xs: bfloat16 rows of each part.
+    xs: bfloat16 rows of each part; of one part they may be looked up.
     ws: bfloat16 matrices.
     columns: output features that the tiles have to cover, of one matrix.
     outputs: what comes out.
@@ -120,6 +123,11 @@ def call(
       f'{form} does not divide rows of {xs[0].shape[1]} and matrices of '
       f'{columns} columns'
     )
+  operands = xs
+  if isinstance(xs[0], gathered.Rows):
+    (rows,) = xs
+    form = dataclasses.replace(form, choices=rows.choices)
+    operands = rows.x_MD, rows.source_P
   kernel = plgpu.kernel(
     functools.partial(
       _body,
@@ -133,7 +141,7 @@ def call(
     compiler_params=plgpu.CompilerParams(approx_math=True),
     **pipeline.mesh(name, form.tiles, blocks),
   )
-  return kernel(*plan, *xs, *ws)
+  return kernel(*plan, *operands, *ws)
 
 
 def _scratch(form: Form) -> dict:
@@ -146,27 +154,34 @@ def _scratch(form: Form) -> dict:
     'x_smem': pipeline.swizzled((tiles.stages, tiles.rows[-1], DEPTH), bf16),
     'out_smem': pipeline.swizzled(staged, form.out_dtype),
     'full': plgpu.Barrier(
-      num_arrivals=form.panels + 1, num_barriers=tiles.stages
+      num_arrivals=form.panels + (form.choices == 0),
+      num_barriers=tiles.stages,
     ),
     'empty': pipeline.freed(tiles),
+    'landed': gathered.barriers(tiles.stages),
   }
 
 
 def _body(*refs, form, finish, sources, column_tiles, **memory):
   plan = layout.Segments(*refs[: len(layout.Segments._fields)])
   refs = refs[len(plan) :]
+  rows = form.parts + (form.choices > 0)
   block = _Block(
     form=form,
     finish=finish,
     plan=plan,
     column_tiles=column_tiles,
-    x_refs=refs[: form.parts],
-    w_refs=refs[form.parts : form.parts + sources],
-    outputs=refs[form.parts + sources :],
+    x_refs=refs[:rows],
+    w_refs=refs[rows : rows + sources],
+    outputs=refs[rows + sources :],
     **memory,
   )
   items = plan.count_1[0] * column_tiles
-  pipeline.run(block.fetch, block.multiply, items, block.empty, form.tiles)
+  if form.choices:
+    gathered.prepare(block.landed)
+  pipeline.run(
+    block.fetch, block.multiply, items, block.empty, form.tiles, block.ahead
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +200,7 @@ class _Block:
   out_smem: Any
   full: Any
   empty: Any
+  landed: Any
 
   @property
   def part_steps(self) -> int:
@@ -205,24 +221,40 @@ class _Block:
     row = pl.multiple_of(plan.row_S[segment] + first, pipeline.ALIGN)
     return segment, lax.rem(item, self.column_tiles), steps, row, valid, extent
 
-  def fetch(self, item, ring):
+  def ahead(self, item):
+    """The tokens of an item's rows, if they have to be looked up."""
+    if not self.form.choices:
+      return ()
+    *_, row, valid, _ = self.locate(item)
+    tokens = gathered.look_up(
+      self.x_refs[1],
+      first=row,
+      count=self.form.tiles.rows[-1],
+      left=valid,
+      choices=self.form.choices,
+    )
+    return (tokens,)
+
+  def fetch(self, item, ring, tokens=None):
     """Copies an item's operands into the ring."""
-    segment, column, steps, row, _, extent = self.locate(item)
+    segment, column, steps, *rows = self.locate(item)
     group = self.plan.group_S[segment]
 
     def copy(step, slot):
       for part in range(self.form.parts):
         in_part = lax.div(step, self.part_steps) == part
         run = functools.partial(
-          self._copy_part, part, group, column, row, extent, step, slot
+          self._copy_part, part, group, column, rows, tokens, step, slot
         )
         pl.when(in_part)(run) if self.form.parts > 1 else run()
 
     return pipeline.fetch(copy, steps, ring, self.empty, self.form.tiles)
 
-  def _copy_part(self, part, group, column, row, extent, step, slot):
+  def _copy_part(self, part, group, column, rows, tokens, step, slot):
     form = self.form
-    deep = pl.ds((step - part * self.part_steps) * DEPTH, DEPTH)
+    row, valid, extent = rows
+    depth = (step - part * self.part_steps) * DEPTH
+    deep = pl.ds(depth, DEPTH)
     for panel in range(form.panels):
       wide = pl.ds(form.columns(column, panel), PANEL)
       cut = (wide, deep) if form.transpose else (deep, wide)
@@ -234,6 +266,18 @@ class _Block:
       )
 
     def copy_rows(count):
+      if form.choices:
+        gathered.copy(
+          self.x_refs[part],
+          tokens,
+          self.x_smem.at[slot],
+          self.landed,
+          slot=slot,
+          column=depth,
+          count=count,
+          left=valid,
+        )
+        return
       plgpu.copy_gmem_to_smem(
         self.x_refs[part].at[pl.ds(row, count), deep],
         self.x_smem.at[slot, pl.ds(0, count)],
@@ -251,18 +295,19 @@ class _Block:
     starts = [form.columns(column, p) + half for p in range(form.panels)]
     place = Place(row, valid, extent, starts, warpgroup)
     where = steps, ring, self.full, self.empty, form.tiles
+    landed = self.landed if form.choices else None
 
     def tile(count):
       shapes = [(pipeline.HALF, count)] * form.panels
       step = functools.partial(self._step, count, pl.ds(half, pipeline.HALF))
-      values = pipeline.accumulate(step, *where, shapes)
+      values = pipeline.accumulate(step, *where, shapes, landed)
       self.finish(place, values, count, self.outputs, self.out_smem)
 
     _by_count(extent, form.tiles.rows, tile)
 
     @pl.when(extent <= 0)
     def _():
-      pipeline.skip(*where)
+      pipeline.skip(*where, landed)
 
     return ring + steps
 

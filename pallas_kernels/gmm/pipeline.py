@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles as tile_tables
+from pallas_kernels.gmm import gathered
 
 ALIGN = 8  # rows of a swizzled tile in shared memory
 SWIZZLE = 128  # bytes; also the width of a staged piece of output
@@ -94,31 +95,40 @@ def raster(item, rows, columns, band):
   return first + lax.rem(inner, height), lax.div(inner, height)
 
 
-def run(fetch, multiply, items, empty, tiles):
+def run(fetch, multiply, items, empty, tiles, ahead=lambda item: ()):
   """Walks this block's share of the items, each warpgroup in its own role.
 
   Args:
-    fetch: (item, ring) -> ring; copies an item's operands. `ring` counts the
-      stages used so far, so that both roles agree on the next slot.
+    fetch: (item, ring, *found) -> ring; copies an item's operands. `ring`
+      counts the stages used so far, so that both roles agree on the next slot;
+      `found` is what `ahead` gave for the item.
     multiply: (item, ring, warpgroup) -> ring.
     items: how many there are, for all blocks together.
     empty: barriers of the slots that may be filled again.
     tiles: how the products are cut.
+    ahead: (item) -> arrays that the copier loads before the item's turn.
   """
   cluster, clusters = lax.axis_index('cluster'), lax.axis_size('cluster')
   warpgroup = lax.axis_index('warpgroup')
   mine = lax.div(items - cluster + clusters - 1, clusters)
 
-  def walk(visit):
-    def body(index, ring):
-      return visit(cluster + index * clusters, ring)
+  def walk(visit, *start):
+    def body(index, carry):
+      return visit(cluster + index * clusters, *carry)
 
-    lax.fori_loop(0, mine, body, jnp.int32(0))
+    lax.fori_loop(0, mine, body, (jnp.int32(0), *start))
 
   @pl.when(warpgroup == CONSUMERS)
   def _():
     plgpu.set_max_registers(COPIER_REGISTERS, action='decrease')
-    walk(fetch)
+
+    def find(item):  # past the last item it finds what nobody needs
+      return ahead(jnp.maximum(jnp.minimum(item, items - 1), 0))
+
+    def visit(item, ring, *found):
+      return fetch(item, ring, *found), *find(item + clusters)
+
+    walk(visit, *find(cluster))
     for slot in range(tiles.stages):  # leave no arrival unobserved
       plgpu.barrier_wait(empty.at[slot])
 
@@ -127,7 +137,7 @@ def run(fetch, multiply, items, empty, tiles):
     plgpu.set_max_registers(CONSUMER_REGISTERS, action='increase')
     for slot in range(tiles.stages):
       plgpu.barrier_arrive(empty.at[slot])
-    walk(lambda item, ring: multiply(item, ring, warpgroup))
+    walk(lambda item, ring: (multiply(item, ring, warpgroup),))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -143,7 +153,7 @@ def fetch(copy, steps, ring, empty, tiles):
   return lax.fori_loop(0, steps, body, ring)
 
 
-def accumulate(step, steps, ring, full, empty, tiles, shapes):
+def accumulate(step, steps, ring, full, empty, tiles, shapes, landed=None):
   """Sums `steps` stages of the ring into registers.
 
   Args:
@@ -154,6 +164,7 @@ def accumulate(step, steps, ring, full, empty, tiles, shapes):
     empty: barriers of the slots that may be filled again.
     tiles: how the products are cut.
     shapes: of the accumulators.
+    landed: barriers of rows that were looked up (`gathered`), if there are any.
 
   Returns:
     The sums, float32.
@@ -163,6 +174,8 @@ def accumulate(step, steps, ring, full, empty, tiles, shapes):
     def body(index, _):
       slot = lax.rem(ring + index, tiles.stages)
       plgpu.barrier_wait(full.at[slot])
+      if landed is not None:
+        gathered.wait(landed, ring + index)
       step(accs, slot, index)
       # The products before these are done: their slot may be filled again.
       plgpu.wgmma_wait(len(accs))
@@ -187,12 +200,14 @@ def accumulate(step, steps, ring, full, empty, tiles, shapes):
   )
 
 
-def skip(steps, ring, full, empty, tiles):
+def skip(steps, ring, full, empty, tiles, landed=None):
   """Gives back `steps` stages unread."""
 
   def body(index, _):
     slot = lax.rem(ring + index, tiles.stages)
     plgpu.barrier_wait(full.at[slot])
+    if landed is not None:
+      gathered.wait(landed, ring + index)
     plgpu.barrier_arrive(empty.at[slot])
 
   lax.fori_loop(0, steps, body, None)

@@ -130,6 +130,7 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
     tiny = vjp.Backend(
       alignment=mosaic_gpu.BACKEND.alignment,
       clear=mosaic_gpu.BACKEND.clear,
+      rows=mosaic_gpu.BACKEND.rows,
       up=small_keywords('up'),
       down=small_keywords('down'),
       down_backward=small_keywords('down_backward'),

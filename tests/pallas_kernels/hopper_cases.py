@@ -1,18 +1,65 @@
 """How the tests of Hopper kernels run and lower them on any machine."""
 
 import contextlib
+import types
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gmm import gathered
 
 CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
 
 
+def barriers(stages):
+  return plgpu.Barrier(num_barriers=stages)
+
+
+def look_up(source_ref, *, first, count, left, choices):
+  del left
+  last = source_ref.shape[0] - 1
+  places = [jnp.minimum(first + row, last) for row in range(count)]
+  return jnp.stack([source_ref[place] for place in places]) // choices
+
+
+def copy(x_ref, tokens, smem, landed, *, slot, column, count, left):
+  columns_MK = x_ref[:, pl.ds(column, smem.shape[1])]
+  rows = jnp.take(columns_MK, tokens[:count], axis=0, mode='clip')
+  inside = (jnp.arange(count) < left)[:, None]
+  smem[pl.ds(0, count)] = jnp.where(inside, rows, jnp.nan).astype(rows.dtype)
+  plgpu.barrier_arrive(landed.at[slot])
+
+
+def wait(landed, ring):
+  plgpu.barrier_wait(landed.at[lax.rem(ring, landed.shape[0])])
+
+
+# `gathered` without the instructions that the interpreter cannot run: whole
+# rows instead of threads' units, and Pallas' barriers instead of its own.
+PLAIN = types.SimpleNamespace(
+  barriers=barriers,
+  prepare=lambda landed: None,
+  look_up=look_up,
+  copy=copy,
+  wait=wait,
+)
+
+
+@contextlib.contextmanager
 def compiled_here():
   """Interprets the kernels where there is no GPU."""
   if jax.default_backend() == 'gpu':
-    return contextlib.nullcontext()
-  return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+    yield
+    return
+  with (
+    mock.patch.multiple(gathered, **vars(PLAIN)),
+    plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
+  ):
+    yield
 
 
 def export(call, *shapes):
