@@ -49,7 +49,7 @@ def main() -> None:
       with tempfile.TemporaryDirectory() as folder:
         rows += child.run(
           'tests.tpu.kernels',
-          [topology, case, '--dump', folder],
+          [topology, case, '--vmem', '--dump', folder],
           compiler=DUMP.format(folder),
         )
       print(rows[-1], flush=True)

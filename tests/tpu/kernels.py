@@ -10,7 +10,8 @@ shapes go in, and a line of JSON a case comes out. `bytes` and `flops` are the
 compiler's, which for kernels are what they declare; `moved_over_ideal` is what
 the kernel's own plan copies for uniformly routed tokens, over each matrix, row
 and result once. With `--dump FOLDER`, into which the compiler was told to
-write its schedules, it also says how full the matrix units' slots are.
+write its schedules, it also says how full the matrix units' slots are, and with
+`--vmem`, at the price of a second compilation, how much vector memory is taken.
 """
 
 import argparse
@@ -48,6 +49,11 @@ NEEDED = re.compile(r'Scoped allocation with size ([\d.]+)([KMG])')
 UNIT = {'K': 2**10, 'M': 2**20, 'G': 2**30}
 # Slots of a bundle as the compiler's dumps list them, matrix units first.
 SCHEDULE = '*{name}*final_hlo-static-per-bundle-utilization.txt'
+# Compiled whole: one operation at a time takes seconds.
+PLAN, GRADIENT_PLAN = (
+  jax.jit(plan, static_argnums=(1, 2, 3, 4))
+  for plan in (stream_tpu.plan, mosaic_tpu.gradient_plan)
+)
 IDLE = 100  # bundles between two loops over the matrix units
 
 
@@ -283,11 +289,11 @@ def moved(one: Case, chip: tiles_tpu.Chip, tokens: int) -> float:
   sizes = routed(tokens, groups)
   args = jnp.asarray(sizes), rows, ALIGN, one.tiles.rows, chip.cores
   if one.row_out:
-    plan = stream_tpu.plan(*args)
+    plan = PLAN(*args)
     matrices, needed = fetches(plan), (sizes > 0).sum()
     written = np.asarray(plan.extent_T).sum()
   else:
-    plan = mosaic_tpu.gradient_plan(*args)
+    plan = GRADIENT_PLAN(*args)
     matrices = needed = groups
     written = 0
   valid_T = np.asarray(plan.valid_T)[: np.asarray(plan.first_C)[-1]]
@@ -341,7 +347,9 @@ def schedule(folder: pathlib.Path, name: str) -> dict[str, Any]:
   return {'matrix_slots': main.sum() / (units * len(main))}
 
 
-def measure(device, name: str, dump: pathlib.Path | None) -> dict[str, Any]:
+def measure(
+  device, name: str, dump: pathlib.Path | None, vmem: bool
+) -> dict[str, Any]:
   """What the compiler says of one case."""
   operation, tokens, groups = name.split(':')
   tokens, groups = int(tokens), int(groups)
@@ -381,7 +389,7 @@ def measure(device, name: str, dump: pathlib.Path | None) -> dict[str, Any]:
   }
   if dump:
     row |= schedule(dump, one.name)
-  if chip and operation != 'layer':
+  if vmem and chip and operation != 'layer':
     row['vmem_bytes'] = vmem_bytes(device, chip, one)
     row['vmem_limit'] = chip.vmem_limit
   return row
@@ -392,12 +400,13 @@ def main(argv: list[str]) -> None:
   parser.add_argument('topology')
   parser.add_argument('cases', nargs='+')
   parser.add_argument('--dump', type=pathlib.Path)
+  parser.add_argument('--vmem', action='store_true')
   args = parser.parse_args(argv)
   device = topologies.get_topology_desc(
     platform='tpu', topology_name=args.topology
   ).devices[0]
   for name in args.cases:
-    print(json.dumps(measure(device, name, args.dump)), flush=True)
+    print(json.dumps(measure(device, name, args.dump, args.vmem)), flush=True)
 
 
 if __name__ == '__main__':

@@ -12,14 +12,18 @@ TOPOLOGIES = {
   'TPU v6 lite': 'v6e:2x2',
   'TPU7x': 'tpu7x:2x2x1',
 }
-# Each operation where a group has a few hundred rows; the largest ones also
-# with thousands and with a handful.
+# Each operation where a group has a few hundred rows; for one chip also with
+# thousands and with a handful.
 STREAMED = (
   'up:8192:256', 'down:8192:256', 'down_backward:8192:256',
   'up_backward:8192:256', 'transposed:8192:256', 'weight_gradient:8192:256',
-  'weight_gradient_fp32:32768:32', 'up:32768:256', 'up:128:256',
-  'down_backward:32768:32',
 )  # fmt: skip
+SIZES = {
+  'TPU v5': (
+    'weight_gradient_fp32:32768:32', 'up:32768:256', 'up:128:256',
+    'down_backward:32768:32',
+  ),
+}  # fmt: skip
 OTHERS = 'gather:8192:256', 'combine:8192:256', 'route:8192:256'
 MOST = 1.1  # bytes over the ideal
 # The bookkeeping of a plan, beside the work of the products.
@@ -31,14 +35,13 @@ PADDED = 4864 / 1024
 class KernelsTest(parameterized.TestCase):
   @parameterized.parameters(*TOPOLOGIES)
   def test_compile_and_stay_near_the_ideal(self, kind):
-    found = child.run(
-      'tests.tpu.kernels', [TOPOLOGIES[kind], *STREAMED, *OTHERS]
-    )
-    self.assertLen(found, len(STREAMED) + len(OTHERS))
+    cases = *STREAMED, *SIZES.get(kind, ()), *OTHERS
+    # That they compile says that they fit the chip's vector memory.
+    found = child.run('tests.tpu.kernels', [TOPOLOGIES[kind], *cases])
+    self.assertLen(found, len(cases))
     for row in found:
       with self.subTest(f'{row["operation"]}:{row["tokens"]}'):
         self.assertEqual(row['device'], kind)
-        self.assertLess(row['vmem_bytes'], row['vmem_limit'])
         if 'matrix_bytes' not in row:
           continue
         # What the compiler counts is what the kernel declares and XLA adds.

@@ -21,9 +21,9 @@ CLOSE = 0.02
 SMALL = (
   'model.vocab=2048 model.d_model=512 model.layers=2 model.heads=8 '
   'model.kv_heads=4 model.experts=16 model.d_expert=256 model.top_k=4 '
-  'model.min_k=4 data.batch=16 data.shards=1 data.length=512 '
+  'model.min_k=4 data.batch=16 data.shards=1 data.length=128 '
   'plan.rollout_expert=4 '
-  'engine.slots=64 engine.length=512 forge.lines=4 forge.row_tokens=512 '
+  'engine.slots=64 engine.length=128 forge.lines=4 forge.row_tokens=128 '
   'model.expert_strategy=gather model.expert_chunks=1'
 )
 

@@ -48,7 +48,7 @@ MODEL = config.ModelConfig(
   top_k=4,
   min_k=4,
 )
-BATCH, LENGTH = 8, 512
+BATCH, LENGTH = 8, 128
 
 
 def main(topology: str, sizes: dict[str, int]) -> None:
