@@ -17,6 +17,8 @@ from configs import common
 for _name, _value in common.compilation_cache().items():
   os.environ.setdefault(_name, _value)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Two thirds of the time to compile; what is tested does not depend on it.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 # XLA's CPU threads wait inside a collective; with one thread a device, two
 # collectives in flight block each other for good. This is their number.
 os.environ.setdefault('NPROC', '64')

@@ -168,15 +168,43 @@ def groups(text: str, devices: int) -> np.ndarray:
 
 
 def _of_mesh(axes: str, grouped: str) -> np.ndarray:
-  """Groups given as axes of a mesh, such as mesh['a'=2,'b'=4] {'b'}."""
+  """Groups given as axes of a mesh, such as mesh['a'=2,'b'=8] {'a','b':(2)4}.
+
+  'b':(2)4 is a part of axis b, which is cut into 2 x 4 x 1: the 4.
+
+  Raises:
+    ValueError: axes that the mesh lacks, parts that do not divide theirs, or
+      devices in an order of their own.
+  """
   sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
-  names = re.findall(r"'([^']+)'", grouped)
-  if not set(names) <= set(sizes) or ':' in grouped or 'device' in axes:
-    raise ValueError(f'groups of parts of axes: mesh[{axes}] {{{grouped}}}')
-  ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-  order = [list(sizes).index(name) for name in names]
+  parts = [
+    (name, int(first or 1), int(size or sizes.get(name, 1)))
+    for name, first, size in re.findall(
+      r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped
+    )
+  ]
+  if not {name for name, *_ in parts} <= set(sizes) or 'device' in axes:
+    raise ValueError(f'no groups: mesh[{axes}] {{{grouped}}}')
+  shape, cuts = [], []  # each axis in the pieces that the parts cut it into
+  for axis, size in sizes.items():
+    ends = {1, size}
+    for name, first, length in parts:
+      ends |= {first, first * length} if name == axis else set()
+    ends = sorted(ends)
+    if any(end % start for start, end in zip(ends, ends[1:])):
+      raise ValueError(f'parts do not divide: mesh[{axes}] {{{grouped}}}')
+    pieces = list(zip(ends, ends[1:])) or [(1, 1)]
+    cuts += [(axis, start) for start, _ in pieces]
+    shape += [end // start for start, end in pieces]
+  order = [
+    index
+    for name, first, length in parts
+    for index, (axis, start) in enumerate(cuts)
+    if axis == name and first <= start < first * length
+  ]
+  ids = np.arange(math.prod(shape)).reshape(shape)
   ids = np.moveaxis(ids, order, range(-len(order), 0))
-  return ids.reshape(-1, math.prod(sizes[name] for name in names))
+  return ids.reshape(-1, math.prod(shape[index] for index in order))
 
 
 def spanned(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -44,6 +44,11 @@ PODS = {
     'mesh.expert=8 data.batch=256 data.length=8192 forge.row_tokens=8192 '
     f'forge.lines=256 {ONE}',
   ),
+  'tpu7x:4x4x8, to the engine': (
+    'configs/plan.py',
+    'plan.topology=tpu7x:4x4x8 plan.programs=sync mesh.fsdp=32 mesh.expert=8 '
+    f'plan.rollout_expert=8 plan.rollout_tensor=4 data.batch=256 {ONE}',
+  ),
   'v5e:4x8': (
     'configs/plan.py',
     'plan.topology=v5e:4x8 plan.programs=decode,prefill engine.fp8=True '

@@ -100,7 +100,7 @@ def plan(results: Sequence[dict[str, Any]]) -> str:
       result['device'],
       row['program'],
       ' '.join(f'{axis}={n}' for axis, n in row['mesh'].items()),
-      f'{row["tokens"]:,}',
+      f'{row["tokens"]:,}' if row['tokens'] else '',
       f'{gib(row["hbm"]["peak"])} of {gib(row["hbm"]["limit"])}',
       *(
         gib(sum(row['hbm'][name] for name in names.split()))
@@ -109,8 +109,8 @@ def plan(results: Sequence[dict[str, Any]]) -> str:
       f'{row["collectives"]["bytes"] / 1e9:,.2f}',
       difference(row['collectives']),
       f'{1e3 * row["bound"]["seconds"]:,.0f} ({row["bound"]["by"]})',
-      f'{100 * row["mfu"]:.0f}%',
-      f'{row["tokens_per_second_per_chip"]:,.0f}',
+      f'{100 * row["mfu"]:.0f}%' if row['tokens'] else '',
+      f'{row["tokens_per_second_per_chip"]:,.0f}' if row['tokens'] else '',
       f'{row["compile_seconds"]:.0f}',
       gib(row['compiler_bytes']),
       f'`{result["commit"][:9]}`',

@@ -68,7 +68,7 @@ def rows() -> dict[str, np.ndarray]:
 def gradients():
   """A fresh jitted function of parameters and batch."""
   function = functools.partial(step.gradients, model=MODEL, cfg=CFG, step=3)
-  return jax.jit(function, compiler_options=small.QUICK)
+  return jax.jit(function)
 
 
 @functools.cache

@@ -113,6 +113,10 @@ class CollectivesTest(parameterized.TestCase):
     ("replica_groups=mesh['a'=8] {'a'}", ('data', 'fsdp'), 8),
     ("replica_groups=mesh['a'=2,'b'=4] {'a'}", ('data',), 2),
     ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", ('data', 'fsdp'), 8),
+    ("replica_groups=mesh['a'=8] {'a':(2)4}", ('fsdp',), 4),
+    ("replica_groups=mesh['a'=8] {'a':(1)2}", ('data',), 2),
+    ("replica_groups=mesh['a'=8,'b'=1] {'a':(2)2,'b'}", ('fsdp',), 2),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}", ('data', 'fsdp'), 4),
     ('source_target_pairs={{0,1},{1,2},{2,3},{3,0}}', ('fsdp',), 2),
     ('source_target_pairs={{0,4},{4,0}}', ('data',), 2),
   )
@@ -135,7 +139,8 @@ class CollectivesTest(parameterized.TestCase):
   @parameterized.parameters(
     ('channel_id=1', 'no replica groups'),
     ('replica_groups={{0,1},{2}}', 'different sizes'),
-    ("replica_groups=mesh['a'=8] {'a':(2)4}", 'parts of axes'),
+    ("replica_groups=mesh['a'=8] {'b'}", 'no groups'),
+    ("replica_groups=mesh['a'=8] {'a':(3)2}", 'do not divide'),
   )
   def test_groups_that_cannot_be_read(self, text, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -38,7 +38,6 @@ def record(mesh):
     rows = jax.device_put(small.batch(), sharding.batch_sharding(made))
     call = jax.jit(
       functools.partial(introspect.record, model=cfg.model),
-      compiler_options=small.QUICK,
     )
     return jax.device_get((call(*trees, rows, load), *trees))
 

@@ -17,7 +17,6 @@ def run(cfg, batch, step=0, norm=None):
     lambda params, batch, norm: loss.loss_fn(
       params, batch, model=cfg.model, cfg=cfg, step=jnp.int32(step), norm=norm
     ),
-    compiler_options=small.QUICK,
   )
   return jax.device_get(call(small.weights(cfg), batch, norm))
 

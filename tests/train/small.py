@@ -14,8 +14,6 @@ from m2.train import optim, step
 from m2.train import state as train_state
 
 ROWS, LENGTH = 8, 16
-# Half the time to compile; what is tested does not depend on it.
-QUICK = {'xla_backend_optimization_level': 0}
 
 MODEL = config.ModelConfig(
   vocab=320,
@@ -95,7 +93,7 @@ def compiled(cfg: config.RunConfig, mesh: config.MeshConfig, inspect: bool):
     inspect=inspect,
   )
   made = meshes.make_mesh(mesh, devices)
-  return made, optimizer, jax.jit(update, compiler_options=QUICK)
+  return made, optimizer, jax.jit(update)
 
 
 def steps(

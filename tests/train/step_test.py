@@ -21,7 +21,6 @@ def gradients(cfg):
     lambda params, batch: step.gradients(
       params, batch, model=cfg.model, cfg=cfg, step=jnp.int32(0)
     ),
-    compiler_options=small.QUICK,
   )
   return jax.device_get(run(small.weights(cfg), small.batch()))
 
