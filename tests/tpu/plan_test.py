@@ -82,6 +82,17 @@ class PlanTest(parameterized.TestCase):
     self.assertTrue(row['fits'])
     self.check_collectives(row)
 
+  def test_weights_move_to_the_mesh_that_serves(self):
+    (row,) = self.plan(
+      'configs/plan.py',
+      f'plan.topology=v5p:2x2x2 plan.programs=sync {SMALL} '
+      'plan.rollout_tensor=2 mesh.fsdp=4 mesh.expert=2',
+    )
+    self.assertTrue(row['fits'])
+    found = row['collectives']
+    # Counted is the least that a device must receive of what it lacks.
+    self.assertBetween(found['bytes'] / found['expected'], 1, 2, found['rows'])
+
   def check_collectives(self, row):
     found = row['collectives']
     ratio = found['bytes'] / found['expected']
