@@ -6,8 +6,8 @@
 prints, for each program, what a device holds and by category, what moves
 between devices beside what the sharding table asks for, and the bound on its
 time; `<workdir>/plan.json` holds the same, `<workdir>/<program>.hlo` what was
-compiled. A program that does not fit is
-named with what it would take, and a configuration that fits is looked for.
+compiled. A program that does not fit is named with what it would take, and for
+training and generation a configuration that fits is looked for.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from m2 import config as settings
 from m2.evolve import provenance
 
 TRIES = 3  # candidates that are compiled before giving up
+SEARCHED = ('train', 'decode', 'prefill')
 # What configs/rl.py has.
 ENGINE = settings.EngineConfig(slots=512, length=16_384)
 FORGE = settings.ForgeConfig(row_tokens=16_384, lines=512)
@@ -51,14 +52,14 @@ def run(
     row = one(config, name, workdir)
     print('\n'.join(report.lines(row)), flush=True)
     rows.append(row)
-    if name == 'train' and (config.plan.search or not row['fits']):
-      rows += propose(config, workdir)
+    if name in SEARCHED and (config.plan.search or not row['fits']):
+      rows += propose(config, name, workdir)
     provenance.write_json(workdir / 'plan.json', {'programs': rows})
   return rows
 
 
 def propose(
-  config: settings.RunConfig, workdir: pathlib.Path
+  config: settings.RunConfig, name: str, workdir: pathlib.Path
 ) -> list[dict[str, Any]]:
   """The best configuration by count that the compiler accepts, if any.
 
@@ -74,7 +75,11 @@ def propose(
   def rates(mesh):
     return roofline.chip_rates(target, meshes.make_mesh(mesh, found))
 
-  rows, candidates = [], search.search(config, target, rates)
+  if name == 'train':
+    candidates = search.search(config, target, rates)
+  else:
+    candidates = search.serving(config, target, rates, name)
+  rows = []
   print(f'{len(candidates)} configurations should fit {target}')
   for candidate in candidates[:TRIES]:
     print(
@@ -83,14 +88,17 @@ def propose(
       f'{candidate.settings()}',
       flush=True,
     )
-    row = one(candidate.config, 'train', workdir)
+    row = one(candidate.config, name, workdir)
     row['proposed'] = candidate.settings()
     row['hbm']['estimate'] = candidate.memory.peak
     print('\n'.join(report.lines(row)), flush=True)
     rows.append(row)
     if row['fits']:
       return rows
-  print(f'nothing fits {target}: use more chips or fewer tokens a step')
+  fewer = (
+    'fewer tokens a step' if name == 'train' else 'a shorter engine.length'
+  )
+  print(f'nothing fits {target}: use more chips or {fewer}')
   return rows
 
 
@@ -109,18 +117,12 @@ def one(
 def build(config: settings.RunConfig, name: str):
   """The program called `name`, and the topology it is for."""
   from m2.parallel import mesh as meshes
-  from m2.plan import chips, programs
+  from m2.plan import chips, programs, search
 
   plan = config.plan
   target = chips.topology(plan.topology, plan.slices)
   found = chips.devices(target)
-  serving = settings.MeshConfig(
-    data=-1,
-    fsdp=1,
-    expert=plan.rollout_expert,
-    tensor=plan.rollout_tensor,
-    slices=plan.slices,
-  )
+  serving = search.serving_mesh(plan)
   if name in ('prefill', 'decode'):
     mesh = meshes.make_mesh(serving, found)
   else:

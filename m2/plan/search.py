@@ -6,11 +6,16 @@ held against the memory of a device by `memory.estimate`, and ranked by the
 time of its products and messages one after the other, at peak: many plans
 share the same longest part, and the compiler hides only some of the rest. What
 the step computes stays: model, rows, their length, and the optimiser's rule.
+
+Of generation the mesh changes first, then how many prompts are computed at
+once, then the number of slots, and last the experts' dtype; a slot's length
+stays.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from m2 import config as settings
 from m2.parallel import mesh as meshes
@@ -18,10 +23,12 @@ from m2.plan import chips, collectives, counts, flops, memory, roofline
 
 # Share of a device's memory that the estimate may fill.
 FILL = 0.92
+SERVING_FILL = 0.95  # its estimate is nearer
 REMAT = ('block', 'full')
 MOMENTS = ('float32', 'bfloat16')
 ACCUMULATE = (1, 2, 4, 8)
 TENSOR = (1, 2, 4, 8)
+HALVINGS = 6  # of slots and prompts, at the most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Candidate:
   """A configuration that should fit.
 
   Attributes:
-    config: with its mesh, remat, microbatches and moment.
+    config: with what was changed of it.
+    changed: the leaves that may differ from the run's, by their names.
     memory: the estimate.
     seconds: bound on a step.
     by: what bounds it.
@@ -37,6 +45,7 @@ class Candidate:
   """
 
   config: settings.RunConfig
+  changed: tuple[str, ...]
   memory: memory.Memory
   seconds: float
   by: str
@@ -44,17 +53,27 @@ class Candidate:
 
   def settings(self) -> str:
     """The overrides that make it, as words of a command line."""
-    mesh = self.config.mesh
-    axes = {f'mesh.{axis}': getattr(mesh, axis) for axis in meshes.AXES}
-    leaves = {
-      **axes,
-      'model.remat': self.config.model.remat,
-      'optim.accumulate': self.config.optim.accumulate,
-      'optim.moment': self.config.optim.moment,
-    }
-    return ' '.join(
-      f'--config.{name}={value}' for name, value in leaves.items()
-    )
+    words = []
+    for leaf in self.changed:
+      section, name = leaf.split('.')
+      value = getattr(getattr(self.config, section), name)
+      words.append(f'--config.{leaf}={value}')
+    return ' '.join(words)
+
+
+TRAINING = (
+  *(f'mesh.{axis}' for axis in meshes.AXES),
+  'model.remat',
+  'optim.accumulate',
+  'optim.moment',
+)
+SERVING = (
+  'plan.rollout_expert',
+  'plan.rollout_tensor',
+  'engine.slots',
+  'engine.prompts',
+  'engine.fp8',
+)
 
 
 def search(
@@ -144,13 +163,116 @@ def _ranked(config, sizes, held, target, rates) -> Candidate:
   bound = roofline.Bound(
     compute=passes / (target.chip.bf16 * target.chips),
     memory=3 * held.peak / (target.chip.hbm_rate / target.chip.devices),
-    links=roofline.links(_as_found(work), rates),
+    links=roofline.links(_as_found(work, counts.train(work)), rates),
   )
   apart = bound.compute + sum(bound.links.values())
-  return Candidate(config, held, bound.step, bound.by, apart)
+  return Candidate(config, TRAINING, held, bound.step, bound.by, apart)
 
 
-def _as_found(work: counts.Work) -> list[collectives.Collective]:
+def serving(
+  config: settings.RunConfig,
+  target: chips.Topology,
+  rates: Callable[[settings.MeshConfig], Mapping[str, float]],
+  program: str,
+  *,
+  fill: float = SERVING_FILL,
+) -> list[Candidate]:
+  """Candidates for generation that fit: what changes least, then the fastest.
+
+  Args:
+    config: the run; `engine` and the mesh of generation may change.
+    target: the chips.
+    rates: bytes/s along each axis of a mesh (`roofline.chip_rates`).
+    program: decode or prefill.
+    fill: share of a device's memory that the estimate may take.
+  """
+  limit = fill * target.chip.device_hbm
+  links = functools.cache(rates)
+  found = []
+  for one in _served(config, target, program):
+    mesh = serving_mesh(one.plan)
+    rest = target.count // (mesh.expert * mesh.tensor)
+    sizes = dict(zip(meshes.AXES, (rest, 1, mesh.expert, 1, mesh.tensor)))
+    try:
+      held = memory.serving(one, sizes, program)
+    except ValueError:
+      continue  # a dimension does not divide
+    if held.peak <= limit:
+      found.append(_ranked_serving(one, sizes, held, target, links(mesh)))
+
+  def least(found: Candidate):
+    engine = found.config.engine
+    return (engine.fp8, -engine.slots, -engine.prompts, found.apart)
+
+  kept = {}  # fewer prompts than devices take as many rows
+  for one in sorted(found, key=least):
+    engine = dataclasses.replace(one.config.engine, prompts=1)
+    kept.setdefault((one.config.plan, engine, one.memory.peak), one)
+  return list(kept.values())
+
+
+def serving_mesh(plan: settings.PlanConfig) -> settings.MeshConfig:
+  """The mesh of generation."""
+  return settings.MeshConfig(
+    data=-1,
+    fsdp=1,
+    expert=plan.rollout_expert,
+    tensor=plan.rollout_tensor,
+    slices=plan.slices,
+  )
+
+
+def _served(
+  config: settings.RunConfig, target: chips.Topology, program: str
+) -> Iterator[settings.RunConfig]:
+  """Every way to serve: meshes, fewer slots and prompts, experts in FP8."""
+  engine, model = config.engine, config.model
+  slots = _halves(engine.slots)
+  prompts = (
+    _halves(engine.prompts) if program == 'prefill' else [engine.prompts]
+  )
+  ways = [n for n in range(1, target.count + 1) if target.count % n == 0]
+  for expert, tensor in itertools.product(ways, TENSOR):
+    if (
+      target.count % (expert * tensor * target.slices)
+      or model.experts % expert
+      or model.kv_heads % tensor
+    ):
+      continue
+    plan = dataclasses.replace(
+      config.plan, rollout_expert=expert, rollout_tensor=tensor
+    )
+    for count, most, fp8 in itertools.product(
+      slots, prompts, sorted({engine.fp8, True})
+    ):
+      served = dataclasses.replace(engine, slots=count, prompts=most, fp8=fp8)
+      yield dataclasses.replace(config, plan=plan, engine=served)
+
+
+def _halves(most: int) -> list[int]:
+  return [most >> n for n in range(HALVINGS) if most >> n]
+
+
+def _ranked_serving(config, sizes, held, target, rates) -> Candidate:
+  """Ranked by one token of every slot: what is read, and what is sent."""
+  engine = config.engine
+  work = counts.Work(config.model, sizes, engine.slots, 1, 1, target.chip.kind)
+  one = flops.per_token(config.model, engine.length, training=False)
+  read = held.weights + held.cache
+  bound = roofline.Bound(
+    compute=one.passes * engine.slots / (target.chip.bf16 * target.chips),
+    memory=read / (target.chip.hbm_rate / target.chip.devices),
+    links=roofline.links(
+      _as_found(work, counts.forward(work, logits=engine.slots)), rates
+    ),
+  )
+  apart = bound.memory + sum(bound.links.values())
+  return Candidate(config, SERVING, held, bound.step, bound.by, apart)
+
+
+def _as_found(
+  work: counts.Work, expected: Sequence[counts.Expected]
+) -> list[collectives.Collective]:
   return [
     collectives.Collective(
       one.name,
@@ -163,5 +285,5 @@ def _as_found(work: counts.Work) -> list[collectives.Collective]:
       one.times,
       one.name,
     )
-    for one in counts.train(work)
+    for one in expected
   ]

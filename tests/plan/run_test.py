@@ -1,6 +1,7 @@
-"""Where the train step does not fit, a plan looks for the next that does."""
+"""Where a program does not fit, a plan looks for the next that does."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -73,6 +74,18 @@ class RunTest(absltest.TestCase):
     self.assertIn('--config.mesh.fsdp=', rows[-1]['proposed'])
     self.assertIn(rows[-1]['proposed'], text)
     self.assertIn('should fit v5p:4x4x4', text)
+
+  def test_generation_is_looked_for_as_well(self):
+    self.config = dataclasses.replace(
+      self.config,
+      plan=dataclasses.replace(self.config.plan, programs='decode'),
+      engine=settings.EngineConfig(slots=4096, length=16384),
+    )
+    rows, text = self.plan(False, True)
+    self.assertIn('--config.plan.rollout_tensor=', rows[-1]['proposed'])
+    self.assertIn('--config.engine.slots=', rows[-1]['proposed'])
+    _, text = self.plan(False, *[False] * run.TRIES)
+    self.assertIn('use more chips or a shorter engine.length', text)
 
   def test_giving_up_says_what_to_do(self):
     rows, text = self.plan(False, *[False] * run.TRIES)
