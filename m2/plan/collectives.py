@@ -48,7 +48,8 @@ class Collective:
     name: of the instruction.
     kind: one of `KINDS`.
     axes: mesh axes over which its groups reach.
-    sizes: of these axes.
+    sizes: how many places along each of these axes a group has; those of the
+      whole axes for a permute.
     ways: devices of a group.
     size: bytes of the whole array: gathered, or before it is scattered; of a
       permute, what a device sends on average.
@@ -112,7 +113,7 @@ def find(
 
 def _read(one, kind, mesh, times) -> Collective:
   pairs = groups(one.text, math.prod(mesh.values()))
-  axes = spanned(pairs, mesh)
+  reached = reach(pairs, mesh)
   ways = pairs.shape[1]
   arrays = one.shapes
   if one.opcode.endswith('-start') and kind != 'all-reduce':
@@ -124,12 +125,13 @@ def _read(one, kind, mesh, times) -> Collective:
   if kind == 'collective-permute':
     # The mean: a device that is sent its own block sends nothing.
     size *= (pairs[:, 0] != pairs[:, 1]).sum() / math.prod(mesh.values())
-    ways = math.prod(mesh[axis] for axis in axes)
+    reached = {axis: mesh[axis] for axis in reached}
+    ways = math.prod(reached.values())
   return Collective(
     one.name,
     kind,
-    axes,
-    tuple(mesh[axis] for axis in axes),
+    tuple(reached),
+    tuple(reached.values()),
     ways,
     size,
     arrays[0].dtype,
@@ -183,8 +185,10 @@ def _of_mesh(axes: str, grouped: str) -> np.ndarray:
       r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped
     )
   ]
-  if not {name for name, *_ in parts} <= set(sizes) or 'device' in axes:
-    raise ValueError(f'no groups: mesh[{axes}] {{{grouped}}}')
+  if 'device' in axes:
+    raise ValueError(f'devices in an order of their own: mesh[{axes}]')
+  if not {name for name, *_ in parts} <= set(sizes):
+    raise ValueError(f'no such axes: mesh[{axes}] {{{grouped}}}')
   shape, cuts = [], []  # each axis in the pieces that the parts cut it into
   for axis, size in sizes.items():
     ends = {1, size}
@@ -207,12 +211,14 @@ def _of_mesh(axes: str, grouped: str) -> np.ndarray:
   return ids.reshape(-1, math.prod(shape[index] for index in order))
 
 
-def spanned(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
-  """Mesh axes along which members of a group differ, in mesh order."""
+def reach(members: np.ndarray, mesh: Mapping[str, int]) -> dict[str, int]:
+  """Places along each mesh axis that a group has, if more than one."""
   places = np.unravel_index(members, tuple(mesh.values()))
-  return tuple(
-    axis for axis, place in zip(mesh, places) if (place != place[:, :1]).any()
-  )
+  found = {
+    axis: max(len(np.unique(group)) for group in place)
+    for axis, place in zip(mesh, places)
+  }
+  return {axis: count for axis, count in found.items() if count > 1}
 
 
 def totals(

@@ -23,7 +23,7 @@ from m2.plan import counts
 # Work space beyond the analytic count: what the scheduler keeps alive.
 FIXED = 2**30
 # Work space of a prefill beside its rows of cache.
-PREFILL = 2.5 * 2**30
+PREFILL = 2 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,14 +166,23 @@ def estimate(
   )
 
 
+def served_model(config: settings.RunConfig) -> settings.ModelConfig:
+  """The model as generation holds it: no copies in float32."""
+  return dataclasses.replace(
+    config.model,
+    param_dtype=config.model.dtype,
+    fp8_experts=config.engine.fp8,
+  )
+
+
 def serving(
   config: settings.RunConfig, mesh: Mapping[str, int], program: str
 ) -> Memory:
   """Of generation, without a compiler.
 
-  The full model in FP8 has 27.3 GiB to decode and 28.8 for a prefill on v6e:4x4
-  by this count, 27.3 and 28.7 by the compiler; on v5e:4x8 it has 14.9 and 15.4,
-  by the compiler 14.4 and 14.7.
+  The full model in FP8, as in launch/README.md, takes 27.3 GiB to decode and
+  28.3 for a prefill on v6e:4x4 by this count, 27.3 and 28.7 by the compiler; on
+  v5e:4x8 14.9 and 14.9, by the compiler 14.4 and 14.7.
 
   Args:
     config: of the run; `engine` says how it serves.
@@ -184,9 +193,7 @@ def serving(
     ValueError: a dimension does not divide over the mesh.
   """
   engine = config.engine
-  model = dataclasses.replace(
-    config.model, param_dtype=config.model.dtype, fp8_experts=engine.fp8
-  )
+  model = served_model(config)
   ways = mesh['data'] * mesh['fsdp'] * mesh['expert']
   if engine.slots % ways:
     raise ValueError(f'{engine.slots} slots do not divide over {ways} devices')
@@ -197,7 +204,8 @@ def serving(
     work = FIXED + cache / 2
   else:
     # Rows of cache of the prompts, and these once more, turned.
-    work = PREFILL + 2 * math.ceil(engine.prompts / ways) * slot
+    rows = math.ceil(min(engine.prompts, engine.slots) / ways)
+    work = PREFILL + 2 * rows * slot
   return Memory(
     weights=served(model, tuple(mesh.items())), cache=cache, work=work
   )

@@ -178,15 +178,6 @@ def rollout_params(model: settings.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
   )
 
 
-def _served(config: settings.RunConfig) -> settings.ModelConfig:
-  """The model as generation holds it: no copies in float32."""
-  return dataclasses.replace(
-    config.model,
-    param_dtype=config.model.dtype,
-    fp8_experts=config.engine.fp8,
-  )
-
-
 def _slots(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> slots.Slots:
   """Shapes of the engine's state; shardings are part of their types."""
   engine = config.engine
@@ -209,7 +200,7 @@ def decode_program(
   config: settings.RunConfig, mesh: jax.sharding.Mesh
 ) -> Program:
   """One token of every slot, at the full length of the cache."""
-  model, engine = _served(config), config.engine
+  model, engine = memory.served_model(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
   run = jax.jit(slots.decode, static_argnums=(0, 1, 2, 3), donate_argnums=5)
   work = _work(mesh, model, engine.slots, 1)
@@ -238,7 +229,7 @@ def prefill_program(
   config: settings.RunConfig, mesh: jax.sharding.Mesh
 ) -> Program:
   """One turn of `engine.PREFILL` tokens of a full batch of prompts."""
-  model, engine = _served(config), config.engine
+  model, engine = memory.served_model(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
   rows = engines.prefill_rows(engine, _ways(mesh), engine.prompts)
   where = jax.sharding.NamedSharding(mesh, jax.P())

@@ -7,6 +7,7 @@ is the sum. Peaks are the makers' (`chips.py`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from m2.plan import chips, collectives, hlo
@@ -66,7 +67,7 @@ def links(
   """
   seconds: dict[str, float] = {}
   for one in found:
-    rest, whole = 1.0, wire_share(one.ways)
+    rest, whole = 1.0, wire_share(math.prod(one.sizes))
     for axis, ways in axis_ways(one, rates):
       share = rest * wire_share(ways) / whole if whole else 1.0
       rest /= ways

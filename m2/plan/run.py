@@ -44,6 +44,7 @@ def run(
   compiler.prepare()  # before jax starts
   from m2.plan import report
 
+  bare = config.engine is None
   config = dataclasses.replace(
     config, engine=config.engine or ENGINE, forge=config.forge or FORGE
   )
@@ -54,6 +55,11 @@ def run(
     rows.append(row)
     if name in SEARCHED and (config.plan.search or not row['fits']):
       rows += propose(config, name, workdir)
+      if name != 'train' and bare:
+        print(
+          f'engine.* are settings of a config that has an engine, such as '
+          f'configs/plan.py; planned was {config.engine}'
+        )
     provenance.write_json(workdir / 'plan.json', {'programs': rows})
   return rows
 
@@ -78,13 +84,13 @@ def propose(
   if name == 'train':
     candidates = search.search(config, target, rates)
   else:
-    candidates = search.serving(config, target, rates, name)
-  rows = []
+    candidates = search.serving(config, target, rates)
+  rows, what = [], 'a step' if name == 'train' else 'a decoded token'
   print(f'{len(candidates)} configurations should fit {target}')
   for candidate in candidates[:TRIES]:
     print(
       f'  {report.gib(candidate.memory.peak)} by estimate, at least '
-      f'{1e3 * candidate.seconds:.0f} ms by {candidate.by}: '
+      f'{1e3 * candidate.seconds:.0f} ms {what} by {candidate.by}: '
       f'{candidate.settings()}',
       flush=True,
     )
@@ -98,7 +104,9 @@ def propose(
   fewer = (
     'fewer tokens a step' if name == 'train' else 'a shorter engine.length'
   )
-  print(f'nothing fits {target}: use more chips or {fewer}')
+  print(
+    f'none of the {len(rows)} tried fits {target}: use more chips or {fewer}'
+  )
   return rows
 
 

@@ -23,11 +23,12 @@ from m2.plan import chips, collectives, counts, flops, memory, roofline
 
 # Share of a device's memory that the estimate may fill.
 FILL = 0.92
-SERVING_FILL = 0.95  # its estimate is nearer
+SERVING_FILL = 0.95  # the estimate is nearer there
 REMAT = ('block', 'full')
 MOMENTS = ('float32', 'bfloat16')
 ACCUMULATE = (1, 2, 4, 8)
 TENSOR = (1, 2, 4, 8)
+GENERATION = 'decode', 'prefill'
 HALVINGS = 6  # of slots and prompts, at the most
 
 
@@ -173,30 +174,32 @@ def serving(
   config: settings.RunConfig,
   target: chips.Topology,
   rates: Callable[[settings.MeshConfig], Mapping[str, float]],
-  program: str,
   *,
   fill: float = SERVING_FILL,
 ) -> list[Candidate]:
   """Candidates for generation that fit: what changes least, then the fastest.
 
+  One engine decodes and prefills, so each fits both; one follows another only
+  if it needs less memory.
+
   Args:
     config: the run; `engine` and the mesh of generation may change.
     target: the chips.
     rates: bytes/s along each axis of a mesh (`roofline.chip_rates`).
-    program: decode or prefill.
     fill: share of a device's memory that the estimate may take.
   """
   limit = fill * target.chip.device_hbm
   links = functools.cache(rates)
   found = []
-  for one in _served(config, target, program):
+  for one in _served(config, target):
     mesh = serving_mesh(one.plan)
     rest = target.count // (mesh.expert * mesh.tensor)
     sizes = dict(zip(meshes.AXES, (rest, 1, mesh.expert, 1, mesh.tensor)))
     try:
-      held = memory.serving(one, sizes, program)
+      programs = [memory.serving(one, sizes, name) for name in GENERATION]
     except ValueError:
       continue  # a dimension does not divide
+    held = max(programs, key=lambda program: program.peak)
     if held.peak <= limit:
       found.append(_ranked_serving(one, sizes, held, target, links(mesh)))
 
@@ -204,11 +207,11 @@ def serving(
     engine = found.config.engine
     return (engine.fp8, -engine.slots, -engine.prompts, found.apart)
 
-  kept = {}  # fewer prompts than devices take as many rows
+  kept: list[Candidate] = []
   for one in sorted(found, key=least):
-    engine = dataclasses.replace(one.config.engine, prompts=1)
-    kept.setdefault((one.config.plan, engine, one.memory.peak), one)
-  return list(kept.values())
+    if not kept or one.memory.peak < kept[-1].memory.peak:
+      kept.append(one)
+  return kept
 
 
 def serving_mesh(plan: settings.PlanConfig) -> settings.MeshConfig:
@@ -223,14 +226,10 @@ def serving_mesh(plan: settings.PlanConfig) -> settings.MeshConfig:
 
 
 def _served(
-  config: settings.RunConfig, target: chips.Topology, program: str
+  config: settings.RunConfig, target: chips.Topology
 ) -> Iterator[settings.RunConfig]:
   """Every way to serve: meshes, fewer slots and prompts, experts in FP8."""
   engine, model = config.engine, config.model
-  slots = _halves(engine.slots)
-  prompts = (
-    _halves(engine.prompts) if program == 'prefill' else [engine.prompts]
-  )
   ways = [n for n in range(1, target.count + 1) if target.count % n == 0]
   for expert, tensor in itertools.product(ways, TENSOR):
     if (
@@ -243,7 +242,7 @@ def _served(
       config.plan, rollout_expert=expert, rollout_tensor=tensor
     )
     for count, most, fp8 in itertools.product(
-      slots, prompts, sorted({engine.fp8, True})
+      _halves(engine.slots), _halves(engine.prompts), sorted({engine.fp8, True})
     ):
       served = dataclasses.replace(engine, slots=count, prompts=most, fp8=fp8)
       yield dataclasses.replace(config, plan=plan, engine=served)
@@ -254,9 +253,9 @@ def _halves(most: int) -> list[int]:
 
 
 def _ranked_serving(config, sizes, held, target, rates) -> Candidate:
-  """Ranked by one token of every slot: what is read, and what is sent."""
-  engine = config.engine
-  work = counts.Work(config.model, sizes, engine.slots, 1, 1, target.chip.kind)
+  """Ranked by a decoded token of every slot: what is read, what is sent."""
+  engine, model = config.engine, memory.served_model(config)
+  work = counts.Work(model, sizes, engine.slots, 1, 1, target.chip.kind)
   one = flops.per_token(config.model, engine.length, training=False)
   read = held.weights + held.cache
   bound = roofline.Bound(

@@ -158,8 +158,7 @@ def _scratch(form: Form) -> dict:
       num_barriers=tiles.stages,
     ),
     'empty': pipeline.freed(tiles),
-    'landed': gathered.barriers(tiles.stages),
-  }
+  } | ({'landed': gathered.barriers(tiles.stages)} if form.choices else {})
 
 
 def _body(*refs, form, finish, sources, column_tiles, **memory):
@@ -200,7 +199,7 @@ class _Block:
   out_smem: Any
   full: Any
   empty: Any
-  landed: Any
+  landed: Any = None
 
   @property
   def part_steps(self) -> int:
@@ -295,19 +294,18 @@ class _Block:
     starts = [form.columns(column, p) + half for p in range(form.panels)]
     place = Place(row, valid, extent, starts, warpgroup)
     where = steps, ring, self.full, self.empty, form.tiles
-    landed = self.landed if form.choices else None
 
     def tile(count):
       shapes = [(pipeline.HALF, count)] * form.panels
       step = functools.partial(self._step, count, pl.ds(half, pipeline.HALF))
-      values = pipeline.accumulate(step, *where, shapes, landed)
+      values = pipeline.accumulate(step, *where, shapes, self.landed)
       self.finish(place, values, count, self.outputs, self.out_smem)
 
     _by_count(extent, form.tiles.rows, tile)
 
     @pl.when(extent <= 0)
     def _():
-      pipeline.skip(*where, landed)
+      pipeline.skip(*where, self.landed)
 
     return ring + steps
 

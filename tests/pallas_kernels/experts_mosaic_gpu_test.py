@@ -15,6 +15,7 @@ from absl.testing import absltest, parameterized
 
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import mosaic_gpu, ref, vjp
+from pallas_kernels.gmm import gathered
 from pallas_kernels.permute import api as permute
 from pallas_kernels.permute import xla
 from tests.pallas_kernels import hopper_cases, row_cases
@@ -159,7 +160,9 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
     for ours, spec in zip(got, want):
       self.assert_close(ours, spec)
 
-  @parameterized.parameters('up', 'down', 'down_backward', 'up_backward')
+  @parameterized.parameters(
+    'up', 'looked_up', 'down', 'down_backward', 'up_backward'
+  )
   def test_lowers_for_hopper_at_the_shapes_of_m2(self, name):
     experts, rows, wide, hidden = 256, 65536 + 2048, 3072, 1536
 
@@ -168,6 +171,11 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
 
     operands = {
       'up': (shape(rows, wide), *[shape(experts, wide, hidden)] * 2),
+      'looked_up': (
+        shape(8192, wide),
+        shape(rows, dtype=jnp.int32),
+        *[shape(experts, wide, hidden)] * 2,
+      ),
       'down': (shape(rows, hidden), shape(experts, hidden, wide)),
       'down_backward': (
         shape(rows, wide),
@@ -180,8 +188,13 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
         *[shape(experts, wide, hidden)] * 2,
       ),
     }[name]
+
+    def looked_up(x, source, *args, **options):
+      found = gathered.Rows(x, source, 8)
+      return mosaic_gpu.up(found, *args, save=True, **options)
+
     call = functools.partial(
-      getattr(mosaic_gpu, name),
+      looked_up if name == 'looked_up' else getattr(mosaic_gpu, name),
       align=8,
       blocks=132,
       tiles=one_count(tile_tables.ROW_TILES['many']),

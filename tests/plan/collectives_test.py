@@ -1,5 +1,6 @@
 """The reader of compiled programs, on programs small enough to count."""
 
+import numpy as np
 from absl.testing import absltest, parameterized
 
 from m2.plan import collectives, hlo
@@ -122,8 +123,15 @@ class CollectivesTest(parameterized.TestCase):
   )
   def test_groups_in_every_form(self, text, axes, ways):
     members = collectives.groups(f', channel_id=1, {text}, dimensions=', 8)
-    self.assertEqual(collectives.spanned(members, MESH), axes)
+    self.assertEqual(tuple(collectives.reach(members, MESH)), axes)
     self.assertEqual(members.shape[1], ways)
+
+  def test_a_part_of_an_axis_counts_as_much(self):
+    halves = np.arange(8).reshape(4, 2)  # of two of the four along fsdp
+    self.assertEqual(collectives.reach(halves, MESH), {'fsdp': 2})
+    self.assertEqual(
+      collectives.reach(np.arange(8)[None], MESH), {'data': 2, 'fsdp': 4}
+    )
 
   def test_a_permute_to_oneself_is_free(self):
     text = LOOP.replace(
@@ -139,7 +147,7 @@ class CollectivesTest(parameterized.TestCase):
   @parameterized.parameters(
     ('channel_id=1', 'no replica groups'),
     ('replica_groups={{0,1},{2}}', 'different sizes'),
-    ("replica_groups=mesh['a'=8] {'b'}", 'no groups'),
+    ("replica_groups=mesh['a'=8] {'b'}", 'no such axes'),
     ("replica_groups=mesh['a'=8] {'a':(3)2}", 'do not divide'),
   )
   def test_groups_that_cannot_be_read(self, text, message):

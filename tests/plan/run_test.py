@@ -79,17 +79,23 @@ class RunTest(absltest.TestCase):
     self.config = dataclasses.replace(
       self.config,
       plan=dataclasses.replace(self.config.plan, programs='decode'),
-      engine=settings.EngineConfig(slots=4096, length=16384),
+      engine=settings.EngineConfig(slots=512, length=16384),
     )
     rows, text = self.plan(False, True)
     self.assertIn('--config.plan.rollout_tensor=', rows[-1]['proposed'])
     self.assertIn('--config.engine.slots=', rows[-1]['proposed'])
+    self.assertIn('ms a decoded token by', text)
+    self.assertNotIn('configs/plan.py', text)
     _, text = self.plan(False, *[False] * run.TRIES)
     self.assertIn('use more chips or a shorter engine.length', text)
+    self.config = dataclasses.replace(self.config, engine=None)
+    _, text = self.plan(False, True)
+    self.assertIn('configs/plan.py', text)
 
   def test_giving_up_says_what_to_do(self):
     rows, text = self.plan(False, *[False] * run.TRIES)
     self.assertLen(rows, 1 + run.TRIES)
+    self.assertIn('none of the 3 tried fits', text)
     self.assertIn('use more chips or fewer tokens', text)
 
 
