@@ -214,9 +214,9 @@ def _of_mesh(axes: str, grouped: str) -> np.ndarray:
 def reach(members: np.ndarray, mesh: Mapping[str, int]) -> dict[str, int]:
   """Places along each mesh axis that a group has, if more than one."""
   places = np.unravel_index(members, tuple(mesh.values()))
+  steps = (np.diff(np.sort(place, axis=1)) > 0 for place in places)
   found = {
-    axis: max(len(np.unique(group)) for group in place)
-    for axis, place in zip(mesh, places)
+    axis: 1 + int(step.sum(1).max(initial=0)) for axis, step in zip(mesh, steps)
   }
   return {axis: count for axis, count in found.items() if count > 1}
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from m2 import config as settings
+from m2.engine import engine as engines
 from m2.model import params as model_params
 from m2.parallel import cost, sharding
 from m2.plan import counts
@@ -194,7 +195,7 @@ def serving(
   """
   engine = config.engine
   model = served_model(config)
-  ways = mesh['data'] * mesh['fsdp'] * mesh['expert']
+  ways = counts.ways(mesh, sharding.RULES['batch'])
   if engine.slots % ways:
     raise ValueError(f'{engine.slots} slots do not divide over {ways} devices')
   entry = 2 * model.layers * model.kv_heads * model.head_dim / mesh['tensor']
@@ -204,8 +205,8 @@ def serving(
     work = FIXED + cache / 2
   else:
     # Rows of cache of the prompts, and these once more, turned.
-    rows = math.ceil(min(engine.prompts, engine.slots) / ways)
-    work = PREFILL + 2 * rows * slot
+    rows = engines.prefill_rows(engine, ways, engine.prompts)
+    work = PREFILL + 2 * rows / ways * slot
   return Memory(
     weights=served(model, tuple(mesh.items())), cache=cache, work=work
   )

@@ -231,7 +231,8 @@ def prefill_program(
   """One turn of `engine.PREFILL` tokens of a full batch of prompts."""
   model, engine = memory.served_model(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
-  rows = engines.prefill_rows(engine, _ways(mesh), engine.prompts)
+  ways = counts.ways(mesh.shape, sharding.RULES['batch'])
+  rows = engines.prefill_rows(engine, ways, engine.prompts)
   where = jax.sharding.NamedSharding(mesh, jax.P())
 
   def host(*shape, dtype=jnp.int32):
@@ -328,10 +329,6 @@ def moved(source: Any, target: Any) -> float:
         common *= max(0, min(last, stop) - max(first, start))
       total += (part - common) * itemsize
   return total / count
-
-
-def _ways(mesh: jax.sharding.Mesh) -> int:
-  return math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
 
 
 def _serving_memory(weights, state: slots.Slots) -> memory.Memory:

@@ -18,7 +18,13 @@ from m2 import config as settings
 from m2.evolve import provenance
 
 TRIES = 3  # candidates that are compiled before giving up
-SEARCHED = ('train', 'decode', 'prefill')
+# What is looked for if it does not fit: what its bound is of, and what helps.
+SERVED = 'a decoded token', 'a shorter engine.length'
+SEARCHED = {
+  'train': ('a step', 'fewer tokens a step'),
+  'decode': SERVED,
+  'prefill': SERVED,
+}
 # What configs/rl.py has.
 ENGINE = settings.EngineConfig(slots=512, length=16_384)
 FORGE = settings.ForgeConfig(row_tokens=16_384, lines=512)
@@ -85,7 +91,7 @@ def propose(
     candidates = search.search(config, target, rates)
   else:
     candidates = search.serving(config, target, rates)
-  rows, what = [], 'a step' if name == 'train' else 'a decoded token'
+  rows, (what, remedy) = [], SEARCHED[name]
   print(f'{len(candidates)} configurations should fit {target}')
   for candidate in candidates[:TRIES]:
     print(
@@ -101,11 +107,8 @@ def propose(
     rows.append(row)
     if row['fits']:
       return rows
-  fewer = (
-    'fewer tokens a step' if name == 'train' else 'a shorter engine.length'
-  )
   print(
-    f'none of the {len(rows)} tried fits {target}: use more chips or {fewer}'
+    f'none of the {len(rows)} tried fits {target}: use more chips or {remedy}'
   )
   return rows
 

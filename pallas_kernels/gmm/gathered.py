@@ -24,11 +24,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf, vector
 
+from pallas_kernels.gmm import pipeline
+
 THREADS = 128  # of a warpgroup
 UNIT = 16  # bytes that a thread copies at a time
-UNITS = 8  # of a row in shared memory: 64 columns, one swizzle
+UNITS = pipeline.SWIZZLE // UNIT  # of a row in shared memory: 64 columns
 STEP = THREADS // UNITS  # rows that the warpgroup copies at a time
-ROW_BYTES = UNIT * UNITS
 SCALAR = plgpu.Layout.WG_SPLAT(())
 PLAIN = plgpu.RefType()
 
@@ -135,12 +136,7 @@ def copy(x_ref, tokens, smem, landed, *, slot, column, count, left) -> None:
     count: rows, a multiple of 8.
     left: rows that hold a token; the others are not written.
   """
-  swizzled = plgpu.RefType(
-    (
-      plgpu.TilingTransform((8, ROW_BYTES // 2)),
-      plgpu.SwizzleTransform(ROW_BYTES),
-    )
-  )
+  swizzled = plgpu.RefType(pipeline.transforms(x_ref.dtype))
   layout = plgpu.Layout.WG_STRIDED(tokens.shape, vec_size=1)
   issue = plgpu.inline_mgpu(
     arg_types=(PLAIN, layout, swizzled, PLAIN, SCALAR, SCALAR, SCALAR)
@@ -160,7 +156,7 @@ def _copy(ctx, x, tokens, smem, landed, slot, column, left, *, count):
 
   unit = arith.remui(_thread(), _number(UNITS))
   # Where the swizzle puts the unit depends on the row modulo 8 alone.
-  low = arith.remui(_row(0), _number(8))
+  low = arith.remui(_row(0), _number(pipeline.ALIGN))
   within = arith.muli(arith.xori(unit, low), _number(UNIT))
   target = at(mgpu.utils.memref_ptr(smem), within)
   start = arith.addi(
@@ -178,7 +174,7 @@ def _copy(ctx, x, tokens, smem, landed, slot, column, left, *, count):
       token = vector.extract(tokens.registers[index], [], [0])
       offset = arith.muli(arith.extui(i64, token), _number(token_bytes, 64))
       nvvm.cp_async_shared_global(
-        at(target, arith.muli(row, _number(ROW_BYTES))),
+        at(target, arith.muli(row, _number(pipeline.SWIZZLE))),
         at(source, offset),
         UNIT,
         nvvm.LoadCacheModifierKind.CG,

@@ -294,18 +294,21 @@ class _Block:
     starts = [form.columns(column, p) + half for p in range(form.panels)]
     place = Place(row, valid, extent, starts, warpgroup)
     where = steps, ring, self.full, self.empty, form.tiles
+    arrived = None
+    if form.choices:
+      arrived = functools.partial(gathered.wait, self.landed)
 
     def tile(count):
       shapes = [(pipeline.HALF, count)] * form.panels
       step = functools.partial(self._step, count, pl.ds(half, pipeline.HALF))
-      values = pipeline.accumulate(step, *where, shapes, self.landed)
+      values = pipeline.accumulate(step, *where, shapes, arrived)
       self.finish(place, values, count, self.outputs, self.out_smem)
 
     _by_count(extent, form.tiles.rows, tile)
 
     @pl.when(extent <= 0)
     def _():
-      pipeline.skip(*where, self.landed)
+      pipeline.skip(*where, arrived)
 
     return ring + steps
 

@@ -13,7 +13,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.gmm import gathered
 
 ALIGN = 8  # rows of a swizzled tile in shared memory
 SWIZZLE = 128  # bytes; also the width of a staged piece of output
@@ -49,12 +48,16 @@ def mesh(name: str, tiles: tile_tables.Tiles, blocks: int | None) -> dict:
 
 def swizzled(shape, dtype) -> plgpu.SMEM:
   """Shared memory in tiles of 8 rows of 128 bytes, as wgmma reads it."""
+  return plgpu.SMEM(shape, dtype, transforms=transforms(dtype))
+
+
+def transforms(dtype):
+  """Of `swizzled` memory."""
   columns = SWIZZLE // jnp.dtype(dtype).itemsize
-  transforms = (
+  return (
     plgpu.TilingTransform((ALIGN, columns)),
     plgpu.SwizzleTransform(SWIZZLE),
   )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def freed(tiles) -> plgpu.Barrier | plgpu.ClusterBarrier:
@@ -153,7 +156,7 @@ def fetch(copy, steps, ring, empty, tiles):
   return lax.fori_loop(0, steps, body, ring)
 
 
-def accumulate(step, steps, ring, full, empty, tiles, shapes, landed=None):
+def accumulate(step, steps, ring, full, empty, tiles, shapes, arrived=None):
   """Sums `steps` stages of the ring into registers.
 
   Args:
@@ -164,7 +167,7 @@ def accumulate(step, steps, ring, full, empty, tiles, shapes, landed=None):
     empty: barriers of the slots that may be filled again.
     tiles: how the products are cut.
     shapes: of the accumulators.
-    landed: barriers of rows that were looked up (`gathered`), if there are any.
+    arrived: (ring) waits for what no bulk copy brings to the `ring`-th stage.
 
   Returns:
     The sums, float32.
@@ -174,8 +177,8 @@ def accumulate(step, steps, ring, full, empty, tiles, shapes, landed=None):
     def body(index, _):
       slot = lax.rem(ring + index, tiles.stages)
       plgpu.barrier_wait(full.at[slot])
-      if landed is not None:
-        gathered.wait(landed, ring + index)
+      if arrived is not None:
+        arrived(ring + index)
       step(accs, slot, index)
       # The products before these are done: their slot may be filled again.
       plgpu.wgmma_wait(len(accs))
@@ -200,14 +203,14 @@ def accumulate(step, steps, ring, full, empty, tiles, shapes, landed=None):
   )
 
 
-def skip(steps, ring, full, empty, tiles, landed=None):
+def skip(steps, ring, full, empty, tiles, arrived=None):
   """Gives back `steps` stages unread."""
 
   def body(index, _):
     slot = lax.rem(ring + index, tiles.stages)
     plgpu.barrier_wait(full.at[slot])
-    if landed is not None:
-      gathered.wait(landed, ring + index)
+    if arrived is not None:
+      arrived(ring + index)
     plgpu.barrier_arrive(empty.at[slot])
 
   lax.fori_loop(0, steps, body, None)

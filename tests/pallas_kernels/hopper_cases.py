@@ -1,7 +1,6 @@
 """How the tests of Hopper kernels run and lower them on any machine."""
 
 import contextlib
-import types
 from unittest import mock
 
 import jax
@@ -40,13 +39,13 @@ def wait(landed, ring):
 
 # `gathered` without the instructions that the interpreter cannot run: whole
 # rows instead of threads' units, and Pallas' barriers instead of its own.
-PLAIN = types.SimpleNamespace(
-  barriers=barriers,
-  prepare=lambda landed: None,
-  look_up=look_up,
-  copy=copy,
-  wait=wait,
-)
+PLAIN = {
+  'barriers': barriers,
+  'prepare': lambda landed: None,
+  'look_up': look_up,
+  'copy': copy,
+  'wait': wait,
+}
 
 
 @contextlib.contextmanager
@@ -56,7 +55,7 @@ def compiled_here():
     yield
     return
   with (
-    mock.patch.multiple(gathered, **vars(PLAIN)),
+    mock.patch.multiple(gathered, **PLAIN),
     plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
   ):
     yield

@@ -97,7 +97,6 @@ class ServingTest(absltest.TestCase):
   def test_the_mesh_changes_before_what_is_served(self):
     best, *_ = self.find('v6e:4x4', slots=32, length=16384, fp8=True)
     self.assertEqual(best.config.engine.slots, 32)
-    # No other divides keys and values of 8 heads over more chips than 4.
     self.assertEqual(best.config.plan.rollout_expert, 4)
     self.assertEqual(best.config.plan.rollout_tensor, 4)
 

@@ -36,9 +36,7 @@ def record(mesh):
   with jax.set_mesh(made):
     trees = [jax.device_put(tree, where) for tree in (before, after, grads)]
     rows = jax.device_put(small.batch(), sharding.batch_sharding(made))
-    call = jax.jit(
-      functools.partial(introspect.record, model=cfg.model),
-    )
+    call = jax.jit(functools.partial(introspect.record, model=cfg.model))
     return jax.device_get((call(*trees, rows, load), *trees))
 
 
