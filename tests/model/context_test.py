@@ -28,8 +28,17 @@ from tests.train import small
 
 RELATIVE = 1e-5  # to the largest value of a leaf
 LENGTH = 32
-CFG = small.run_config(modules=2, loss={'balance': 0.1, 'z': 0.01})
-MODEL = dataclasses.replace(CFG.model, heads=8, kv_heads=4, remat='block')
+CFG = small.run_config(
+  model={'heads': 8, 'kv_heads': 4, 'remat': 'block'},
+  loss={'balance': 0.1, 'z': 0.01},
+)
+MODEL = CFG.model
+# With two modules that look ahead, whose programs are twice as long.
+AHEAD = dataclasses.replace(
+  CFG,
+  model=dataclasses.replace(MODEL, mtp_modules=2),
+  loss=dataclasses.replace(CFG.loss, mtp=0.3, mtp_final=0.1),
+)
 
 
 def rows() -> dict[str, np.ndarray]:
@@ -65,26 +74,26 @@ def rows() -> dict[str, np.ndarray]:
   }
 
 
-def gradients():
+def gradients(cfg: config.RunConfig):
   """A fresh jitted function of parameters and batch."""
-  function = functools.partial(step.gradients, model=MODEL, cfg=CFG, step=3)
+  function = functools.partial(step.gradients, model=cfg.model, cfg=cfg, step=3)
   return jax.jit(function)
 
 
 @functools.cache
-def on_one_device():
-  values = params.init(MODEL, jax.random.key(0))
-  return jax.device_get(gradients()(values, rows()))
+def on_one_device(cfg: config.RunConfig):
+  values = params.init(cfg.model, jax.random.key(0))
+  return jax.device_get((values, gradients(cfg)(values, rows())))
 
 
-def compare(sizes: config.MeshConfig) -> None:
+def compare(cfg: config.RunConfig, sizes: config.MeshConfig) -> None:
   """Gradients and metrics on the mesh against those of one device."""
-  want, want_metrics = on_one_device()
+  values, (want, want_metrics) = on_one_device(cfg)
   mesh = meshes.make_mesh(sizes)
-  values = params.init(MODEL, jax.random.key(0), mesh)
+  values = jax.device_put(values, sharding.param_shardings(values, mesh))
   with jax.set_mesh(mesh):
     batch = jax.device_put(rows(), sharding.batch_sharding(mesh))
-    got, metrics = jax.device_get(gradients()(values, batch))
+    got, metrics = jax.device_get(gradients(cfg)(values, batch))
   for found, expected in ((got, want), (metrics, want_metrics)):
     expected = small.leaves(expected)
     assert expected
@@ -114,10 +123,10 @@ def factorisations() -> list[config.MeshConfig]:
 
 class ModelTest(parameterized.TestCase):
   def test_equals_one_device_also_block_by_block(self):
-    on_one_device()  # not block by block
+    on_one_device(AHEAD)  # not block by block
     small_rows, small_blocks = block_by_block()
     with small_rows, small_blocks:
-      compare(config.MeshConfig(expert=2, context=2, tensor=2))
+      compare(AHEAD, config.MeshConfig(expert=2, context=2, tensor=2))
 
   @pytest.mark.heavy
   def test_equals_one_device_for_every_factorisation(self):
@@ -125,7 +134,7 @@ class ModelTest(parameterized.TestCase):
     self.assertLen(found, 15)
     for sizes in found:
       with self.subTest(str(dict(zip(meshes.AXES, sizes._values())))):
-        compare(sizes)
+        compare(CFG, sizes)
 
   def test_a_cache_is_refused(self):
     mesh = meshes.make_mesh(config.MeshConfig(context=2))

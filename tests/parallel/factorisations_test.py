@@ -19,7 +19,6 @@ SIZES = [
 WAYS = (
   # strategy, chunks, whether the slices have too little room
   ('gather', 2, False),
-  ('exchange', 1, False),
   ('exchange', 2, True),
   ('ragged', 2, True),
 )
