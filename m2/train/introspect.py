@@ -50,39 +50,24 @@ def record(
   Returns:
     A nested dict of float32 arrays; layers lead where there are several.
   """
-  groups = _groups(before, after, grads)
   rows = {name: _few_rows(x_BT) for name, x_BT in batch.items()}
   output = transformer.forward(
     model,
     before,
-    _behind(groups['grad_norm_by_group'], rows['tokens']),
+    rows['tokens'],
     rows['positions'],
     rows['until'],
     want_stats=True,
   )
   load_LE = load['blocks']
   out = {name.removesuffix('_N'): value for name, value in output.stats.items()}
-  out |= groups
-  out |= _experts(_behind(output.stats, before['blocks']['moe']))
+  out |= _groups(before, after, grads)
+  out |= _experts(before['blocks']['moe'])
   total_L1 = jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
   out['expert_load'] = load_LE / total_L1
   out['dead_experts'] = (load_LE == 0).mean(-1)
   out['router_bias'] = before['blocks']['moe']['bias']
   return out
-
-
-def _behind(first: Any, then: Any) -> Any:
-  """`then`, a pytree of arrays, to be read when `first`, another, is computed.
-
-  XLA's CPU backend runs loops of a program that need nothing of each other in
-  any order, each device in its own; collectives within them then wait for each
-  other for good (seen with jaxlib 0.11.2 on eight devices). A barrier is gone
-  before the program runs: what orders the loops is to add a zero that the
-  compiler does not see to be one.
-  """
-  finite = sum(jnp.isfinite(leaf).sum() for leaf in jax.tree.leaves(first))
-  zero = jnp.minimum(finite, 0)
-  return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), then)
 
 
 def _few_rows(x_BT: jax.Array) -> jax.Array:
