@@ -9,11 +9,9 @@ import json
 import math
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import tempfile
-import warnings
 
 import chex
 import pytest
@@ -24,9 +22,11 @@ from m2.checkpoint import store
 from m2.eval import run as eval_run
 from m2.obs import curves, dashboard
 from tests import play, settings_test, stages_test
+from tests.parallel import loops
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ATTEMPTS = 3
+# Programs in which devices meet.
+PROGRAMS = ('train_step', 'rl_step', 'prefill', 'decode')
 MISMATCH = 1e-4  # nats; float32 on CPU
 # Settings that a mode is given with the rest of their section, and why it has
 # no use for them. One that is read after all is an error, and so is one that
@@ -53,30 +53,25 @@ class Story(parameterized.TestCase):
   devices = 1
 
   @classmethod
+  def environment(cls) -> dict[str, str]:
+    """What the runs find in their environment beside that of the tests."""
+    return {}
+
+  @classmethod
   def setUpClass(cls):
     super().setUpClass()
     folder = tempfile.TemporaryDirectory()
     cls.addClassCleanup(folder.cleanup)
-    # XLA's CPU backend (jaxlib 0.11.2) orders collectives of one program only
-    # loosely: on a busy machine a mesh of eight devices may meet in two of them
-    # at once, and XLA ends the process. Only that is tried again, and said.
-    for attempt in range(ATTEMPTS):
-      cls.root = pathlib.Path(folder.name) / str(attempt)
-      cls.root.mkdir()
-      run = subprocess.run(
-        [sys.executable, '-m', 'tests.play', str(cls.root), str(cls.devices)],
-        cwd=ROOT,
-        env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-        capture_output=True,
-        text=True,
-      )
-      if not run.returncode:
-        break
-      ended = run.returncode == -signal.SIGABRT and 'rendezvous' in run.stderr
-      if not ended or attempt == ATTEMPTS - 1:
-        raise RuntimeError(run.stderr[-4000:])
-      said = f'XLA ended attempt {attempt}: {run.stderr[-500:]}'
-      warnings.warn(said, stacklevel=2)
+    cls.root = pathlib.Path(folder.name)
+    run = subprocess.run(
+      [sys.executable, '-m', 'tests.play', str(cls.root), str(cls.devices)],
+      cwd=ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'} | cls.environment(),
+      capture_output=True,
+      text=True,
+    )
+    if run.returncode:
+      raise RuntimeError(run.stderr[-4000:])
     cls.unread = json.loads((cls.root / 'unread.json').read_text())
 
   def rows(self, name: str) -> list[dict]:
@@ -141,6 +136,28 @@ class OneDeviceTest(Story):
 class MeshTest(Story):
   __test__ = True
   devices = 8
+
+  @classmethod
+  def environment(cls):
+    # Compiled anew, once each, and kept as text.
+    flags = (
+      os.environ.get('XLA_FLAGS', ''),
+      f'--xla_dump_to={cls.root / "programs"}',
+      f'--xla_dump_hlo_module_re=.*({"|".join(PROGRAMS)}).*',
+      '--xla_dump_hlo_as_text',
+    )
+    return {
+      'XLA_FLAGS': ' '.join(flags),
+      'JAX_COMPILATION_CACHE_DIR': str(cls.root / 'compiled'),
+    }
+
+  @parameterized.parameters(*PROGRAMS)
+  def test_devices_meet_in_one_order(self, program):
+    pattern = f'programs/*{program}*.cpu_after_optimizations.txt'
+    texts = [path.read_text() for path in self.root.glob(pattern)]
+    self.assertNotEmpty(texts)
+    for text in texts:
+      self.assertEmpty(loops.unordered(text))
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from m2 import config
 from m2.engine import requests, sampling
 from m2.model import cache as kv
 from m2.model import transformer
-from m2.parallel import sharding
+from m2.parallel import order, sharding
 
 # Logical axes of a cache's keys and values.
 LAYERS = (None, 'batch', None, 'kv_heads', None)
@@ -277,7 +277,7 @@ def _take_rows(
       own_RSKH = own_R.reshape(-1, 1, 1, 1)
       return _scattered(jnp.where(own_RSKH, x_BSKH[at_R], 0))
 
-    return tuple(jax.lax.map(one, x) for x in (k_LBSKH, v_LBSKH))
+    return jax.lax.map(lambda kv: tuple(map(one, kv)), (k_LBSKH, v_LBSKH))
 
   layers = sharding.spec(*LAYERS)
   run = sharding.manual(
@@ -310,9 +310,9 @@ def _install(
     def put(x, value):
       return x.at[at_A].set(value, mode='drop')
 
-    def move(x, new_R):
+    def move(x, all_R):
       """Entries of prompts to the slots that hold them, from the start."""
-      new_B = _everyone(new_R)[from_B]
+      new_B = all_R[from_B]
       fresh = fresh_B.reshape(-1, *(1,) * (x.ndim - 1))
       if x.ndim == 1:
         return jnp.where(fresh, new_B, x)
@@ -323,13 +323,16 @@ def _install(
     until_RS = rows.until_BS
     short = slots.cache.until_BS.shape[1] - until_RS.shape[1]
     until_RS = jnp.pad(until_RS, ((0, 0), (0, short)))
+    k_LBSKH, v_LBSKH = jax.lax.map(
+      lambda layer: tuple(move(x, _everyone(new)) for x, new in layer),
+      (
+        (slots.cache.k_LBSKH, rows.k_LBSKH),
+        (slots.cache.v_LBSKH, rows.v_LBSKH),
+      ),
+    )
     cache = kv.KVCache(
-      k_LBSKH=jax.lax.map(
-        lambda x: move(*x), (slots.cache.k_LBSKH, rows.k_LBSKH)
-      ),
-      v_LBSKH=jax.lax.map(
-        lambda x: move(*x), (slots.cache.v_LBSKH, rows.v_LBSKH)
-      ),
+      k_LBSKH=k_LBSKH,
+      v_LBSKH=v_LBSKH,
       until_BS=move(slots.cache.until_BS, until_RS),
       filled_B=move(slots.cache.filled_B, rows.filled_B),
     )
@@ -351,12 +354,13 @@ def _install(
   cache = kv.KVCache(layers, layers, rows_2, row)
   state = Slots(cache, row, row, rows_2, row, row, row, rows_2)
   everywhere = jax.tree.map(
-    lambda x: sharding.spec(*(None,) * x.ndim), admission
+    lambda x: sharding.spec(*(None,) * x.ndim), (rows, hidden_RD, admission)
   )
+  prompts = everywhere[0].replace(k_LBSKH=layers, v_LBSKH=layers)
   run = sharding.manual(
-    local, (state, cache, rows_2, everywhere), (state, rows_2, row)
+    local, (state, prompts, *everywhere[1:]), (state, rows_2, row)
   )
-  return run(slots, rows, hidden_RD, admission)
+  return order.together(run(slots, rows, hidden_RD, admission))
 
 
 def _here(slot: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from m2 import config
 from m2.model import attention, logprob, moe, norm, transformer
-from m2.parallel import context, sharding
+from m2.parallel import context, order, sharding
 
 
 class Module(nn.Module):
@@ -178,7 +178,8 @@ def loss(
 
 def _enter(cfg, params, weights, h_BTD, token_BT):
   """Joins the hidden state and the next token's embedding."""
-  emb_BTD = transformer.embed_tokens(cfg, params['embed'], token_BT)
+  h_BTD, embed_VD = order.together((h_BTD, params['embed']))
+  emb_BTD = transformer.embed_tokens(cfg, embed_VD, token_BT)
   both_BTC = jnp.concatenate(
     [
       norm.rms_norm(h_BTD, weights['hnorm'], cfg.norm_eps),

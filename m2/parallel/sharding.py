@@ -13,6 +13,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from m2.parallel import order
+
 # Logical axes of each parameter, by the last name of its path, or last two.
 AXES: dict[str, tuple[str | None, ...]] = {
   'embed': ('vocab', 'embed'),
@@ -111,7 +113,7 @@ def manual(function: Callable, in_specs: Sequence[P], out_specs: Any):
     ]
     return jax.shard_map(
       function, in_specs=tuple(in_specs), out_specs=out_specs
-    )(*placed)
+    )(*order.together(placed))
 
   return wrapped
 

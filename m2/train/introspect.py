@@ -17,7 +17,7 @@ import numpy as np
 
 from m2 import config
 from m2.model import transformer
-from m2.parallel import sharding
+from m2.parallel import order, sharding
 
 # Attention scores that the forward pass over a few rows may hold at once, for
 # each device and head.
@@ -50,6 +50,10 @@ def record(
   Returns:
     A nested dict of float32 arrays; layers lead where there are several.
   """
+  # Statistics come last, and one after the other: see `order`.
+  before, after, grads, batch, load = order.together(
+    (before, after, grads, dict(batch), load)
+  )
   rows = {name: _few_rows(x_BT) for name, x_BT in batch.items()}
   output = transformer.forward(
     model,
@@ -59,10 +63,15 @@ def record(
     rows['until'],
     want_stats=True,
   )
+  stats, before, after, grads = order.together(
+    (output.stats, before, after, grads)
+  )
   load_LE = load['blocks']
-  out = {name.removesuffix('_N'): value for name, value in output.stats.items()}
-  out |= _groups(before, after, grads)
-  out |= _experts(before['blocks']['moe'])
+  out = {name.removesuffix('_N'): value for name, value in stats.items()}
+  groups, moe = order.together(
+    (_groups(before, after, grads), before['blocks']['moe'])
+  )
+  out |= groups | _experts(moe)
   total_L1 = jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
   out['expert_load'] = load_LE / total_L1
   out['dead_experts'] = (load_LE == 0).mean(-1)

@@ -104,7 +104,7 @@ def route(results: Sequence[dict[str, Any]]) -> str:
         f'{1e6 * row["seconds"][name]["median"]:.0f}'
         for name in ('ours', 'torch', 'xla')
       ),
-      f'{row["ratio_to_floor"]:.2f}',
+      f'{row["bytes_per_second"] / 1e12:.2f}',
       result['device'],
       f'`{result["commit"][:9]}`',
     ]
@@ -114,7 +114,7 @@ def route(results: Sequence[dict[str, Any]]) -> str:
   ]
   head = (
     'part', 'experts', 'tokens', 'Pallas us', 'torch us', 'XLA us',
-    'over floor', 'device', 'commit',
+    'Pallas TB/s', 'device', 'commit',
   )  # fmt: skip
   return table(head, rows)
 

@@ -42,7 +42,7 @@ from pallas_kernels import hopper  # noqa: E402
 from pallas_kernels.permute import layout, mosaic_gpu, xla  # noqa: E402
 from pallas_kernels.route import mosaic_gpu as router  # noqa: E402
 from pallas_kernels.route import ref  # noqa: E402
-from tests.bench import record  # noqa: E402
+from tests.bench import record, timing  # noqa: E402
 
 WIDTH, TOP_K, ALIGN = 3072, 8, 8
 ROUTINGS = ('uniform', 'zipf', 'eight')
@@ -309,8 +309,9 @@ def copy_rate() -> float:
   """Bytes/s of a copy, read and written."""
   source = torch.randn(1 << 30, device='cuda', dtype=torch.bfloat16)
   target = torch.empty_like(source)
-  call = graph(lambda: target.copy_(source), 5)
-  return 2 * source.nbytes / race({'copy': call}, 5)['copy']['median']
+  # Outside a graph: inside one the same copy ran at 0.6 to 0.8 of this rate.
+  seconds = timing.race({'copy': lambda: target.copy_(source)})
+  return 2 * source.nbytes / seconds['copy']['median']
 
 
 def measure(

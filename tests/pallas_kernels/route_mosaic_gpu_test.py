@@ -100,19 +100,21 @@ class RouteTest(parameterized.TestCase):
     score_ME, bias_E = scores(tokens, experts, levels)
     options = {'top_k': top_k, 'min_k': min_k, 'min_share': 0.2123}
 
+    dweight_MX = jax.random.normal(jax.random.key(2), (tokens, top_k))
+    given = score_ME, bias_E, dweight_MX
+
     @functools.partial(jax.jit, static_argnums=0)
-    def run(route):
+    def run(route, score_ME, bias_E, dweight_MX):
       routing, pull = jax.vjp(
-        lambda s, b: route(s, b, **options), score_ME, bias_E
+        functools.partial(route, **options), score_ME, bias_E
       )
-      dweight_MX = jax.random.normal(jax.random.key(2), (tokens, top_k))
       none = np.zeros((tokens, top_k), jax.dtypes.float0)
       return routing, pull((none, dweight_MX))
 
     poison()
     with hopper_cases.compiled_here():
-      (index_MX, weight_MX), (dscore_ME, dbias_E) = run(router.route)
-    (want_MX, weights_MX), (dwant_ME, _) = run(ref.route)
+      (index_MX, weight_MX), (dscore_ME, dbias_E) = run(router.route, *given)
+    (want_MX, weights_MX), (dwant_ME, _) = run(ref.route, *given)
     np.testing.assert_array_equal(index_MX, want_MX)
     np.testing.assert_allclose(weight_MX, weights_MX, atol=WEIGHT_TOLERANCE)
     assert_close(self, dscore_ME, dwant_ME, WEIGHT_TOLERANCE)
@@ -170,8 +172,11 @@ class MoveTest(parameterized.TestCase):
     dy_MD = rows(2, tokens, width, dtype)
     dx_PD = rows(3, len(where.source_P), width, dtype)
 
+    given = where, x_MD, weight_MX, dy_MD, dx_PD
+
+    # Gigabytes: as constants of the program they would take minutes to fold.
     @functools.partial(jax.jit, static_argnums=0)
-    def run(moves):
+    def run(moves, where, x_MD, weight_MX, dy_MD, dx_PD):
       x_PD, pull_x = jax.vjp(lambda x: api._gather(moves, None, x, where), x_MD)
       y_MD, pull_y = jax.vjp(
         lambda y, w: api._combine(moves, y, w, where.place_MX, where.source_P),
@@ -182,9 +187,9 @@ class MoveTest(parameterized.TestCase):
 
     poison()
     with hopper_cases.compiled_here():
-      got = run(MOVES)
+      got = run(MOVES, *given)
     with jax.default_matmul_precision('highest'):
-      want = run(xla.MOVES)
+      want = run(xla.MOVES, *given)
     assert_equal(got[0], want[0], 'gather')
     for ours, spec, name in zip(got, want, ('x', 'y', 'dx', 'dy', 'dw')):
       self.assertEqual(ours.dtype, spec.dtype, name)
