@@ -25,7 +25,7 @@ from tests import play, settings_test, stages_test
 from tests.parallel import loops
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Programs in which devices meet.
+# The programs of these runs in which devices meet in loops.
 PROGRAMS = ('train_step', 'rl_step', 'prefill', 'decode')
 MISMATCH = 1e-4  # nats; float32 on CPU
 # Settings that a mode is given with the rest of their section, and why it has

@@ -266,8 +266,8 @@ def _take_rows(
 ) -> kv.KVCache:
   """Copies the first `keep` entries of other slots' rows.
 
-  A layer at a time, as rows may come from any device: reduce-scatter of
-  R * S * K * H over the batch axes.
+  A layer at a time, as rows may come from any device: reduce-scatter of its
+  keys and values, R * S * K * H each, over the batch axes.
   """
 
   def local(k_LBSKH, v_LBSKH, origin_R):
@@ -277,7 +277,7 @@ def _take_rows(
       own_RSKH = own_R.reshape(-1, 1, 1, 1)
       return _scattered(jnp.where(own_RSKH, x_BSKH[at_R], 0))
 
-    return jax.lax.map(lambda kv: tuple(map(one, kv)), (k_LBSKH, v_LBSKH))
+    return jax.lax.map(lambda pair: tuple(map(one, pair)), (k_LBSKH, v_LBSKH))
 
   layers = sharding.spec(*LAYERS)
   run = sharding.manual(
@@ -295,7 +295,8 @@ def _install(
 ) -> tuple[Slots, jax.Array, jax.Array]:
   """Moves computed prompts and their requests into their slots.
 
-  A layer at a time: all-gather of R * S * K * H over the batch axes.
+  A layer at a time: all-gather of its keys and values, R * S * K * H each, over
+  the batch axes; what is not of a layer is gathered before.
   """
 
   def local(slots, rows, hidden_RD, admission):

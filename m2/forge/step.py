@@ -15,7 +15,7 @@ from m2 import config
 from m2.forge import cispo
 from m2.forge import tree as tree_lib
 from m2.model import logprob, transformer
-from m2.parallel import context, sharding
+from m2.parallel import context, order, sharding
 from m2.train import introspect, optim
 from m2.train import state as train_state
 from m2.train import step as train_step
@@ -165,8 +165,9 @@ def rl_step(
     'load_max': (load_LE.max(-1) / mean_L).mean(),
   }
   if inspect is not None:
+    metrics, before = order.together((metrics, state.params))
     metrics['introspection'] = _look_inside(
-      inspect, state.params, after.params, grads, tree, load_LE, model
+      inspect, before, after.params, grads, tree, load_LE, model
     )
   return after, metrics
 
@@ -216,8 +217,9 @@ def gradients(
 
   def add(at, carry):
     total, logp_BT, entropy_BT, load_LE = carry
-    fresh, (logp, entropy, load) = jax.grad(scalar, has_aux=True)(
-      params, _part(tree, at * size, size)
+    part = _part(tree, at * size, size)
+    fresh, (logp, entropy, load) = order.together(
+      jax.grad(scalar, has_aux=True)(params, part)
     )
     put = jax.lax.dynamic_update_slice_in_dim
     return (

@@ -141,9 +141,10 @@ def loss(
   count_BT = (batch['until'] > 0).astype(jnp.float32)
   shared = (batch['positions'], batch['until'], count_BT)
 
-  def one(h_BTD, xs):
+  @order.checkpoint
+  def one(outer, shared, h_BTD, xs):
     weights, token_BT, target_BT, weight_BT = xs
-    x_BTD = _enter(cfg, params, weights, h_BTD, token_BT)
+    x_BTD = _enter(cfg, outer, weights, h_BTD, token_BT)
     (h_BTD, _), routed = transformer.block(
       cfg,
       weights['attn'],
@@ -155,12 +156,13 @@ def loss(
       False,
     )
     out_BTD = norm.rms_norm(h_BTD, weights['norm'], cfg.norm_eps)
-    logp_BT, _, _ = logprob.from_hidden(params, out_BTD, target_BT, chunk=chunk)
+    logp_BT, _, _ = logprob.from_hidden(outer, out_BTD, target_BT, chunk=chunk)
     total = -(logp_BT * weight_BT).sum()
     return h_BTD, (total, routed['load_E'], routed['balance'])
 
+  outer = {name: params[name] for name in ('embed', 'head')}
   _, (total_J, load_JE, balance_J) = jax.lax.scan(
-    jax.checkpoint(one),
+    functools.partial(one, outer, shared),
     output.last_BTD,
     (
       params['mtp'],

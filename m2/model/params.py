@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import pallas_kernels
 from m2 import config
@@ -14,9 +13,7 @@ from m2.parallel import sharding
 
 
 def _init(cfg: config.ModelConfig, key: jax.Array) -> Any:
-  token_BT = jnp.zeros((1, 1), jnp.int32)
-  model = transformer.M2(cfg)
-  params = model.init(key, token_BT, token_BT, token_BT + 1)['params']
+  params = transformer.M2(cfg).init(key, None, None, None)['params']
   if cfg.mtp_modules:
     params = {**params, 'mtp': mtp.init(cfg, jax.random.fold_in(key, 1))}
   return params

@@ -59,6 +59,8 @@ class Block(nn.Module):
     cfg = self.cfg
     attn = attention.Attention(cfg, name='attn')()
     ffn = moe.Moe(cfg, name='moe')()
+    if self.is_initializing():  # parameters are declared: no more is needed
+      return carry, None
     return block(
       cfg, attn, ffn, carry, layer, experts_BTX, shared, self.want_stats
     )
@@ -99,7 +101,10 @@ REMAT = {
 
 
 class M2(nn.Module):
-  """The whole model; `apply({'params': params}, ...)` returns an `Output`."""
+  """The whole model; `apply({'params': params}, ...)` returns an `Output`.
+
+  `init` only declares parameters: its inputs may be None, as its result is.
+  """
 
   cfg: config.ModelConfig
   want_stats: bool = False
@@ -107,24 +112,27 @@ class M2(nn.Module):
   @nn.compact
   def __call__(
     self,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    until_BT: jax.Array,
+    tokens_BT: jax.Array | None,
+    positions_BT: jax.Array | None,
+    until_BT: jax.Array | None,
     cache: kv.KVCache | None = None,
     experts_LBTX: jax.Array | None = None,
     count_BT: jax.Array | None = None,
-  ) -> Output:
+  ) -> Output | None:
     cfg = self.cfg
     dtype = jnp.dtype(cfg.param_dtype)
     normal = nn.initializers.normal(cfg.init_std)
     embed_VD = self.param('embed', normal, (cfg.vocab, cfg.d_model), dtype)
     final_D = self.param('final_norm', nn.initializers.ones, cfg.d_model, dtype)
     self.param('head', normal, (cfg.d_model, cfg.vocab), dtype)
-    x_BTD = embed_tokens(cfg, embed_VD, tokens_BT)
-    cache, count_BT = _prepare(cache, until_BT, count_BT)
     blocks = scanned(Block, cfg, cfg.layers)(
       cfg, self.want_stats, name='blocks'
     )
+    if self.is_initializing():
+      blocks(None, jnp.arange(cfg.layers), None, None)
+      return None
+    x_BTD = embed_tokens(cfg, embed_VD, tokens_BT)
+    cache, count_BT = _prepare(cache, until_BT, count_BT)
     (x_BTD, cache), routed = blocks(
       (x_BTD, cache),
       jnp.arange(cfg.layers),

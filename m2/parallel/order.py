@@ -8,6 +8,8 @@ values (jaxlib 0.11.2; an edge that only orders when operations start, in
 to need one another. Accelerators run the collectives of a program in its order.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,17 +23,43 @@ _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 def together(values: Any) -> Any:
   """The same values, none of which exists before all do.
 
-  Their gradients, too, exist only once all of them do. Where no mesh of several
-  CPUs is set this is the identity.
+  Their gradients exist only once all of them, and the values, do. Where no mesh
+  of several CPUs is set this is the identity, and so it is in `shard_map`.
+
+  What is waited for is the first element on each device: of a value that only
+  joins others, XLA may take it from one of them.
 
   Args:
     values: pytree of arrays.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or dispatch.device().platform != 'cpu':
+  if not _loose():
     return values
   leaves, tree = jax.tree.flatten(values)
   return jax.tree.unflatten(tree, _together(*leaves))
+
+
+def checkpoint(function: Callable) -> Callable:
+  """`jax.checkpoint` that computes again only once gradients have come.
+
+  Args:
+    function: of pytrees of arrays; it closes over no array.
+  """
+  plain, waiting = jax.checkpoint(function), jax.custom_vjp(function)
+
+  def backward(given, gradients):
+    given, gradients = together((given, gradients))
+    return jax.vjp(function, *given)[1](gradients)
+
+  waiting.defvjp(lambda *given: (function(*given), given), backward)
+  return lambda *given: (waiting if _loose() else plain)(*given)
+
+
+def _loose() -> bool:
+  """Whether the mesh in use is of several CPUs."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+    return False
+  return dispatch.device().platform == 'cpu'
 
 
 @jax.custom_vjp
@@ -45,12 +73,13 @@ def _together(*leaves: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _forward(*leaves):
-  return _together(*leaves), None
+  done = _together(*leaves)
+  return done, min(done, key=lambda leaf: leaf.size or math.inf)
 
 
-def _backward(_, gradients):
+def _backward(done, gradients):
   real = [g for g in gradients if g.dtype != jax.dtypes.float0]
-  waited = iter(_together(*real) if real else ())
+  waited = iter(_together(*real, done))
   return tuple(
     g if g.dtype == jax.dtypes.float0 else next(waited) for g in gradients
   )
@@ -61,17 +90,21 @@ _together.defvjp(_forward, _backward)
 
 def _wait(*blocks: jax.Array) -> tuple[jax.Array, ...]:
   """Selects each block by a condition that reads one element of every block."""
-  first = [_bits(block.reshape(-1)[0]) for block in blocks if block.size]
+  first = [_first(block) for block in blocks if block.size]
+  if not first:
+    return blocks
   # A sort is one operation, which XLA does not repeat for every block.
-  one = jnp.sort(jnp.stack(first))[0]
+  one = jnp.sort(jax.lax.concatenate(first, 0))[0]
   true = (one & 1) >> 1 == 0  # which no pass of XLA knows
   return tuple(
-    jnp.where(true, block, jnp.zeros_like(block)) for block in blocks
+    jax.lax.select(true, block, jnp.zeros_like(block)) for block in blocks
   )
 
 
-def _bits(value: jax.Array) -> jax.Array:
-  if value.dtype == jnp.bool_:
-    return value.astype(jnp.uint32)
-  kind = _BITS[value.dtype.itemsize]
-  return jax.lax.bitcast_convert_type(value, kind).astype(jnp.uint32)
+def _first(block: jax.Array) -> jax.Array:
+  """The bits of the first element, uint32[1]."""
+  corner = jax.lax.slice(block, (0,) * block.ndim, (1,) * block.ndim)
+  if corner.dtype != jnp.bool_:
+    kind = _BITS[corner.dtype.itemsize]
+    corner = jax.lax.bitcast_convert_type(corner, kind)
+  return corner.astype(jnp.uint32).reshape(1)

@@ -50,10 +50,8 @@ def record(
   Returns:
     A nested dict of float32 arrays; layers lead where there are several.
   """
-  # Statistics come last, and one after the other: see `order`.
-  before, after, grads, batch, load = order.together(
-    (before, after, grads, dict(batch), load)
-  )
+  groups = _groups(before, after, grads)
+  before, batch, groups = order.together((before, dict(batch), groups))
   rows = {name: _few_rows(x_BT) for name, x_BT in batch.items()}
   output = transformer.forward(
     model,
@@ -63,20 +61,15 @@ def record(
     rows['until'],
     want_stats=True,
   )
-  stats, before, after, grads = order.together(
-    (output.stats, before, after, grads)
-  )
-  load_LE = load['blocks']
+  stats, moe = order.together((output.stats, before['blocks']['moe']))
   out = {name.removesuffix('_N'): value for name, value in stats.items()}
-  groups, moe = order.together(
-    (_groups(before, after, grads), before['blocks']['moe'])
-  )
   out |= groups | _experts(moe)
+  load_LE = load['blocks']
   total_L1 = jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
   out['expert_load'] = load_LE / total_L1
   out['dead_experts'] = (load_LE == 0).mean(-1)
-  out['router_bias'] = before['blocks']['moe']['bias']
-  return out
+  out['router_bias'] = moe['bias']
+  return order.together(out)
 
 
 def _few_rows(x_BT: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from m2 import config
 from m2.model import logprob, mtp, transformer
+from m2.parallel import order
 from m2.train import optim
 
 Batch = Mapping[str, jax.Array]
@@ -76,8 +77,12 @@ def loss_fn(
   output = transformer.forward(
     model, params, batch['tokens'], batch['positions'], batch['until']
   )
+  hidden_BTD, ahead = output.hidden_BTD, None
+  if model.mtp_modules:  # before the head, and after it in the backward pass
+    ahead = mtp.loss(model, params, output, batch, chunk=cfg.loss.chunk)
+    ahead, hidden_BTD = order.together((ahead, hidden_BTD))
   logp_BT, entropy_BT, logz_BT = logprob.from_hidden(
-    params, output.hidden_BTD, batch['targets'], chunk=cfg.loss.chunk
+    params, hidden_BTD, batch['targets'], chunk=cfg.loss.chunk
   )
   share_BT = batch['weights'] / norm.weight
   tokens = (batch['until'] > 0).sum().astype(jnp.float32)
@@ -92,14 +97,11 @@ def loss_fn(
   }
   loss = metrics['ce'] + cfg.loss.z * metrics['z']
   loss += cfg.loss.balance * metrics['balance']
-  ahead = mtp_weight(cfg, step)
-  if model.mtp_modules:
-    total_J, extra = mtp.loss(
-      model, params, output, batch, chunk=cfg.loss.chunk
-    )
+  if ahead:
+    total_J, extra = ahead
     # The mean over modules, as in arXiv 2412.19437, equation 25.
     metrics['mtp'] = (total_J / norm.weight_J).mean()
     metrics['load']['mtp'] = extra['load_JE']
-    loss += ahead * metrics['mtp']
+    loss += mtp_weight(cfg, step) * metrics['mtp']
     loss += cfg.loss.balance * extra['balance'] * tokens / norm.tokens
-  return loss, metrics | {'loss': loss}
+  return order.together((loss, metrics | {'loss': loss}))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from m2 import config
+from m2.parallel import order
 from m2.train import introspect, loss, optim
 from m2.train import state as train_state
 
@@ -70,8 +71,9 @@ def train_step(
   metrics['clipped'] = (metrics['grad_norm'] > cfg.optim.clip) * 1.0
   metrics |= _load_metrics(load, metrics['tokens'])
   if inspect:
+    metrics, before = order.together((metrics, state.params))
     metrics['introspection'] = introspect.record(
-      state.params, after.params, grads, batch, load, model=model
+      before, after.params, grads, batch, load, model=model
     )
   return after, metrics
 
@@ -100,8 +102,10 @@ def gradients(
       norm=norm,
     )
 
+  def grad_fn(params, rows):
+    return order.together(jax.grad(scalar, has_aux=True)(params, rows))
+
   norm = loss.totals(model, batch)
-  grad_fn = jax.grad(scalar, has_aux=True)
   if cfg.optim.accumulate == 1:
     return grad_fn(params, batch)
   rows = jax.tree.map(

@@ -24,6 +24,7 @@ from m2.parallel import mesh as meshes
 from m2.train import loop, step
 from pallas_kernels.attention import blocks, ref, xla
 from tests.bench import configs
+from tests.parallel import loops
 from tests.train import small
 
 RELATIVE = 1e-5  # to the largest value of a leaf
@@ -37,7 +38,7 @@ MODEL = CFG.model
 AHEAD = dataclasses.replace(
   CFG,
   model=dataclasses.replace(MODEL, mtp_modules=2),
-  loss=dataclasses.replace(CFG.loss, mtp=0.3, mtp_final=0.1),
+  loss=dataclasses.replace(CFG.loss, mtp=0.3, mtp_final=0.1, chunk=8),
 )
 
 
@@ -93,7 +94,9 @@ def compare(cfg: config.RunConfig, sizes: config.MeshConfig) -> None:
   values = jax.device_put(values, sharding.param_shardings(values, mesh))
   with jax.set_mesh(mesh):
     batch = jax.device_put(rows(), sharding.batch_sharding(mesh))
-    got, metrics = jax.device_get(gradients(cfg)(values, batch))
+    run = gradients(cfg).lower(values, batch).compile()
+    assert not loops.unordered(run.as_text())
+    got, metrics = jax.device_get(run(values, batch))
   for found, expected in ((got, want), (metrics, want_metrics)):
     expected = small.leaves(expected)
     assert expected

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2 import config
-from m2.parallel import cost, experts, sharding
+from m2.parallel import cost, experts, order, sharding
 from m2.parallel import mesh as meshes
+from tests.parallel import loops
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 16, 4, 8, 4
 BATCH, LENGTH = 8, 16
@@ -66,7 +67,9 @@ def layer(**options) -> Callable:
       wi_1,
       wo,
     )
-    return y, *pull(sharding.place(dy, 'batch', 'sequence', None))
+    # As in training, nothing of the backward pass begins before the forward's.
+    y, dy = order.together((y, sharding.place(dy, 'batch', 'sequence', None)))
+    return y, *pull(dy)
 
   return jax.jit(run)
 
@@ -137,7 +140,9 @@ def largest_error(
   room = mock.patch.object(cost, 'room', lambda *_: TIGHT)
   with room if tight else contextlib.nullcontext(), emulated():
     with jax.set_mesh(mesh(sizes)):
-      run = layer(strategy=strategy, chunks=chunks)
+      given = operands(ROUTINGS[0])
+      run = layer(strategy=strategy, chunks=chunks).lower(*given).compile()
+      assert not loops.unordered(run.as_text())
       for routing, want in wants.items():
         for a, b in zip(run(*operands(routing)), want, strict=True):
           scale = max(np.abs(b).max(), 1e-6)
