@@ -8,12 +8,12 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import unittest.mock
 
 from absl.testing import absltest, parameterized
 
 from m2.data import tokenizer
+from tests import folders
 from tests.train import small, worker
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -27,9 +27,7 @@ class MainTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    folder = tempfile.TemporaryDirectory()
-    cls.addClassCleanup(folder.cleanup)
-    cls.folder = pathlib.Path(folder.name)
+    cls.folder = folders.of_class(cls)
     rows = worker.source()
     cls.data = cls.folder / 'rows.jsonl'
     cls.data.write_text('\n'.join(json.dumps(row) for row in rows))

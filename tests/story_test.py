@@ -11,7 +11,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 
 import chex
 import pytest
@@ -21,7 +20,7 @@ from m2 import config as m2_config
 from m2.checkpoint import store
 from m2.eval import run as eval_run
 from m2.obs import curves, dashboard
-from tests import play, settings_test, stages_test
+from tests import folders, play, settings_test, stages_test
 from tests.parallel import loops
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -60,9 +59,7 @@ class Story(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    folder = tempfile.TemporaryDirectory()
-    cls.addClassCleanup(folder.cleanup)
-    cls.root = pathlib.Path(folder.name)
+    cls.root = folders.of_class(cls)
     run = subprocess.run(
       [sys.executable, '-m', 'tests.play', str(cls.root), str(cls.devices)],
       cwd=ROOT,

@@ -305,15 +305,6 @@ def race(calls: Mapping[str, Callable], turns: int) -> dict[str, dict]:
   return {name: record.summary(seconds) for name, seconds in samples.items()}
 
 
-def copy_rate() -> float:
-  """Bytes/s of a copy, read and written."""
-  source = torch.randn(1 << 30, device='cuda', dtype=torch.bfloat16)
-  target = torch.empty_like(source)
-  # Outside a graph: inside one the same copy ran at 0.6 to 0.8 of this rate.
-  seconds = timing.race({'copy': lambda: target.copy_(source)})
-  return 2 * source.nbytes / seconds['copy']['median']
-
-
 def measure(
   case: Case, found: Mapping, arrays: Mapping[str, jax.Array], rate: float
 ) -> list[dict[str, Any]]:
@@ -392,7 +383,8 @@ def main() -> None:
     raise SystemExit(f'route: {reason}')
   if flags.sweep:
     sweep()
-  rate = copy_rate()
+  # Not in a graph: inside one the same copy ran at 0.6 to 0.8 of this rate.
+  rate = timing.denominators()['copy']
   print(f'copy {rate:.4g}', flush=True)
   rows = [{'part': 'copy', 'rate': rate, 'torch': torch.__version__}]
   for tokens, experts in itertools.product(flags.tokens, (256, 32)):

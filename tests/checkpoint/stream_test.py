@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 import shutil
-import tempfile
 import threading
 import time
 import types
@@ -28,6 +27,7 @@ from m2.checkpoint import (
 )
 from m2.parallel import mesh as meshes
 from m2.parallel import sharding
+from tests import folders
 from tests.bench import stream as bench
 from tests.checkpoint import hf_test, synthetic
 
@@ -307,9 +307,7 @@ class MemoryTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    folder = tempfile.TemporaryDirectory()
-    cls.addClassCleanup(folder.cleanup)
-    cls.folder = pathlib.Path(folder.name)
+    cls.folder = folders.of_class(cls)
     cls.path = cls.folder / 'checkpoint'
     model = bench.model(2, 48)
     cls.size = synthetic.write(cls.path, model, shard_bytes=10**9)

@@ -3,12 +3,8 @@
 On CPUs these are not in one order on all devices; see `m2.parallel.order`.
 """
 
-from m2.plan import hlo
+from m2.plan import collectives, hlo
 
-COLLECTIVES = frozenset((
-  'all-gather', 'all-reduce', 'all-to-all', 'collective-permute',
-  'collective-broadcast', 'ragged-all-to-all', 'reduce-scatter',
-))  # fmt: skip
 RUNS = frozenset(('while', 'call', 'conditional'))
 
 
@@ -39,7 +35,7 @@ def unordered(text: str) -> list[tuple[str, str]]:
 
 def _meets(module: hlo.Module, one: hlo.Instruction) -> bool:
   """Whether an instruction is a collective or runs any."""
-  if one.opcode in COLLECTIVES:
+  if one.opcode in collectives.KINDS:
     return True
   return one.opcode in RUNS and any(
     _meets(module, inner)

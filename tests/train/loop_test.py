@@ -9,7 +9,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from unittest import mock
@@ -22,6 +21,7 @@ from absl.testing import absltest, parameterized
 from m2.checkpoint import store
 from m2.data import pipeline
 from m2.train import journal, loop, signals
+from tests import folders
 from tests.train import small, worker
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -87,9 +87,7 @@ class LoopTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    folder = tempfile.TemporaryDirectory()
-    cls.addClassCleanup(folder.cleanup)
-    cls.first = pathlib.Path(folder.name) / 'a run'
+    cls.first = folders.of_class(cls) / 'a run'
     cls.first.mkdir()
     cls.state = jax.device_get(run_loop(cls.first))
     cls.outside = live_bytes()  # of other tests
