@@ -102,9 +102,10 @@ def _apply(
   save,
 ):
   align = _align(backend, rows, index_MX, wi_0_EDF)
-  plan = permute.plan(
-    index_MX, wi_0_EDF.shape[0], align=align, rows=rows, impl=impl
-  )
+  with jax.named_scope('plan'):
+    plan = permute.plan(
+      index_MX, wi_0_EDF.shape[0], align=align, rows=rows, impl=impl
+    )
   with jax.named_scope('gather'):
     x_PD = backend.rows(x_MD, plan, impl=impl)
   gate_PF, up_PF, act_PF = backend.up(

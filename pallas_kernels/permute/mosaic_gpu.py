@@ -2,8 +2,8 @@
 
 Nothing is sorted: where a (token, choice) goes is the start of its group, plus
 how many chose that group in the blocks before, plus its rank within its block.
-A block of 64 tokens gets its ranks from one product of a triangle of ones with
-its one-hot choices, exact in float32.
+64 tokens get their ranks among 64 groups from one product of a triangle of ones
+with their one-hot choices, exact in float32.
 
 Rows then move by bulk copies, each token's row once through shared memory: out
 to all its places, or in from all of them and summed. A row of M2 is one copy
@@ -26,7 +26,7 @@ BAND = 64  # tokens that are ranked together: the height of a wgmma
 LANES = 8  # choices come in multiples of this
 GROUPS = 64  # groups come in multiples of this, a swizzled tile's width
 WIDEST = 256  # groups of a wgmma
-RANKERS = 128  # blocks that rank; each carries its counts along its tokens
+RANKERS = 128  # blocks of tokens; each carries its counts along its tokens
 WIDTH = 128  # rows come in multiples of this, one value a thread
 TOKEN_BYTES = 48 << 10  # of all rows of a token: two lie in shared memory
 GATHER_SLOTS, GATHER_AHEAD = 8, 4  # rows in shared memory; loads in flight
@@ -103,7 +103,7 @@ def ranks(index_MX: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, int]:
   pad_X = -choices % LANES
   if pad_M or pad_X:
     index_MX = jnp.pad(index_MX, ((0, pad_M), (0, pad_X)), constant_values=-1)
-  width = groups + -groups % GROUPS
+  parts = pl.cdiv(groups, GROUPS)
   transforms = (
     plgpu.TilingTransform((8, GROUPS)),
     plgpu.SwizzleTransform(2 * GROUPS),
@@ -111,8 +111,8 @@ def ranks(index_MX: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, int]:
   kernel = plgpu.kernel(
     functools.partial(_rank_body, steps=steps, choices=choices),
     out_type=(
-      jax.ShapeDtypeStruct(index_MX.shape, jnp.int32),
-      jax.ShapeDtypeStruct((blocks, width), jnp.int32),
+      jax.ShapeDtypeStruct((parts, *index_MX.shape), jnp.int32),
+      jax.ShapeDtypeStruct((blocks, parts * GROUPS), jnp.int32),
     ),
     scratch_types={
       'earlier_smem': plgpu.SMEM(
@@ -122,20 +122,22 @@ def ranks(index_MX: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, int]:
         (BAND, GROUPS), jnp.bfloat16, transforms=transforms
       ),
     },
-    grid=(blocks,),
-    grid_names=('block',),
+    grid=(blocks, parts),
+    grid_names=('block', 'part'),
     kernel_name='rank',
   )
-  rank_MX, counts_BG = (
+  rank_QMX, counts_BG = (
     hopper.varying_like(index_MX, x) for x in kernel(index_MX.astype(jnp.int32))
   )
-  return rank_MX[:tokens, :choices], counts_BG[:, :groups], steps * BAND
+  rank_MX = rank_QMX.sum(0)[:tokens, :choices]
+  return rank_MX, counts_BG[:, :groups], steps * BAND
 
 
 def _rank_body(
   index_ref, rank_ref, counts_ref, *, earlier_smem, chose_smem, steps, choices
 ):
-  block = lax.axis_index('block')
+  """Ranks of a block's choices among the groups of a part; 0 for others."""
+  block, part = lax.axis_index('block'), lax.axis_index('part')
   wgmma = plgpu.Layout.WGMMA
   iota = functools.partial(plgpu.broadcasted_iota, layout=wgmma)
   square = BAND, GROUPS
@@ -147,57 +149,41 @@ def _rank_body(
   def spread(value, shape=square):
     return lax.broadcast_in_dim(value, shape, (0,))
 
-  def among(chosen, first, carried):
-    """Ranks among GROUPS groups from `first` on, and new counts of them."""
-    here = [c - first for c in chosen]
-    chose = sum(jnp.where(spread(c) == group, 1.0, 0.0) for c in here)
-    counts = carried + jnp.sum(chose, axis=0)
-    chose_smem[...] = chose.astype(jnp.bfloat16)
-    plgpu.commit_smem()
+  def product(acc):
+    plgpu.wgmma(acc, earlier_smem, chose_smem)
+    plgpu.wgmma_wait(0)
+    return acc[...]
 
-    def product(acc):
-      plgpu.wgmma(acc, earlier_smem, chose_smem)
-      plgpu.wgmma_wait(0)
-      return acc[...]
-
-    before = pl.run_scoped(product, plgpu.ACC(square, jnp.float32))
-    before += lax.broadcast_in_dim(carried, square, (1,))
-    # Compared as another type, so that the compiler does not keep the first
-    # comparisons, more than there are registers, instead of repeating them.
-    group_f = group.astype(jnp.float32)
-    ranks = [
-      jnp.sum(
-        jnp.where(spread(c.astype(jnp.float32)) == group_f, before, 0.0), axis=1
-      )
-      for c in here
-    ]
-    return ranks, counts
-
-  def step(index, carried):
+  def step(index, counts):
     first = pl.multiple_of((block * steps + index) * BAND, BAND)
     rows = pl.ds(first, BAND)
     index_MX = plgpu.load(index_ref.at[rows], layout=wgmma, optimized=False)
+    index_MX -= part * GROUPS
     chosen = [
       jnp.sum(jnp.where(slot == x, index_MX, 0), axis=1) for x in range(choices)
     ]
-    parts = [
-      among(chosen, part * GROUPS, counts)
-      for part, counts in enumerate(carried)
-    ]
+    chose = sum(jnp.where(spread(c) == group, 1.0, 0.0) for c in chosen)
+    chose_smem[...] = chose.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    before = pl.run_scoped(product, plgpu.ACC(square, jnp.float32))
+    before += lax.broadcast_in_dim(counts, square, (1,))
+    # Compared as another type, so that the compiler does not keep the first
+    # comparisons, more than there are registers, instead of repeating them.
+    group_f = group.astype(jnp.float32)
     ranks = jnp.zeros(slot.shape, jnp.float32)
     for x in range(choices):
-      rank = sum(part[0][x] for part in parts)
+      own = spread(chosen[x].astype(jnp.float32)) == group_f
+      rank = jnp.sum(jnp.where(own, before, 0.0), axis=1)
       for y in range(x):  # a token may choose a group twice
         rank += jnp.where(chosen[y] == chosen[x], 1.0, 0.0)
       ranks = jnp.where(slot == x, spread(rank, slot.shape), ranks)
-    rank_ref[rows] = ranks.astype(jnp.int32)
-    return tuple(part[1] for part in parts)
+    here = (index_MX >= 0) & (index_MX < GROUPS)
+    rank_ref[part, rows] = jnp.where(here, ranks.astype(jnp.int32), 0)
+    return counts + jnp.sum(chose, axis=0)
 
   none = plgpu.layout_cast(jnp.zeros(GROUPS, jnp.float32), wgmma.reduce(0))
-  carried = (none,) * (counts_ref.shape[1] // GROUPS)
-  for part, counts in enumerate(lax.fori_loop(0, steps, step, carried)):
-    groups = pl.ds(part * GROUPS, GROUPS)
-    counts_ref[block, groups] = counts.astype(jnp.int32)
+  counts = lax.fori_loop(0, steps, step, none)
+  counts_ref[block, pl.ds(part * GROUPS, GROUPS)] = counts.astype(jnp.int32)
 
 
 def gather(
