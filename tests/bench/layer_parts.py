@@ -97,7 +97,7 @@ def kernels(call: Callable[[], Any]) -> dict[str, list[float]]:
   }
   found = collections.defaultdict(list)
   for event in events:
-    if event['ph'] == 'X' and (event['pid'], event['tid']) in streams:
+    if event.get('ph') == 'X' and (event['pid'], event['tid']) in streams:
       found[event['args']['hlo_op']].append(1e-6 * event['dur'])
   return found
 
