@@ -244,7 +244,9 @@ def _gather_body(
   for index in range(GATHER_AHEAD):
     pl.when(index < mine)(functools.partial(load, index))
 
-  zero[...] = jnp.zeros(zero.shape, zero.dtype)
+  # With a layout of its own: that of a constant does not fit every width.
+  strided = plgpu.Layout.WG_STRIDED(zero.shape, vec_size=1)
+  zero[...] = plgpu.layout_cast(jnp.zeros(zero.shape, zero.dtype), strided)
   plgpu.commit_smem()
 
   def erase(position, _):

@@ -119,6 +119,31 @@ def route(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def layer_parts(results: Sequence[dict[str, Any]]) -> str:
+  """What a routed layer's time on the device is made of, evenly routed."""
+  parts = 'route', 'plan', 'gather', 'combine', 'products'
+  rows = [
+    [
+      DIRECTIONS[row['direction']],
+      str(row['experts']),
+      f'{row["tokens"]:,}',
+      *(f'{1e6 * row["seconds"][part]:,.0f}' for part in parts),
+      f'{100 * row["share"]:.1f}%',
+      str(row['turns']),
+      result['device'],
+      f'`{result["commit"][:9]}`',
+    ]
+    for result in results
+    for row in by_tokens(result)
+    if row['routing'] == 'uniform'
+  ]
+  head = (
+    'layer', 'experts', 'tokens', *(f'{part}, us' for part in parts),
+    'all but products', 'n', 'device', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
 def decode_experts(results: Sequence[dict[str, Any]]) -> str:
   """All experts on one device, evenly routed."""
 
@@ -225,6 +250,7 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'grouped_matmul': grouped_matmul,
   'moe': moe,
   'route': route,
+  'layer_parts': layer_parts,
   'decode_experts': decode_experts,
   'expert_parallel': expert_parallel,
   'tpu_kernels': tpu_kernels,

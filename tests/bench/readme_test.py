@@ -13,6 +13,7 @@ EMPTY = '<!-- results: quickstart -->\nold\n<!-- end -->\n' + (
   '<!-- results: grouped_matmul -->\n<!-- end -->\n'
   '<!-- results: moe -->\n<!-- end -->\n'
   '<!-- results: route -->\n<!-- end -->\n'
+  '<!-- results: layer_parts -->\n<!-- end -->\n'
   '<!-- results: decode_experts -->\n<!-- end -->\n'
   '<!-- results: expert_parallel -->\n<!-- end -->\n'
   '<!-- results: tpu_kernels -->\n<!-- end -->\n'
@@ -39,7 +40,7 @@ class ReadmeTest(absltest.TestCase):
     folder = pathlib.Path(self.create_tempdir().full_path)
     text = readme.render(EMPTY, folder)
     self.assertNotIn('old', text)
-    self.assertEqual(text.count('Not measured yet.'), 9)
+    self.assertEqual(text.count('Not measured yet.'), 10)
 
   def test_a_run_becomes_a_row(self):
     folder = pathlib.Path(self.create_tempdir().full_path)

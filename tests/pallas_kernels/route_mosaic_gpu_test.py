@@ -30,7 +30,7 @@ if GPU:
   CHOICES += ((1, 256, 8, 8), (7, 64, 4, 2), (128, 32, 8, 8), (8192, 256, 8, 8))
   CHOICES += ((8193, 64, 8, 8), (8193, 64, 4, 2), (100, 512, 8, 8))
   LAYOUTS += ((1, 256, 8, 8, 3072), (7, 64, 8, 8, 3072), (128, 32, 8, 8, 3072))
-  LAYOUTS += ((8192, 256, 8, 8, 3072), (8193, 5, 8, 8, 3072))
+  LAYOUTS += ((8192, 256, 8, 8, 3072), (8193, 5, 8, 8, 768))
   LAYOUTS += ((8192, 256, 8, 64, 1536), (32768, 256, 8, 8, 3072))
 # Few blocks on a CPU, so that each walks several tokens and gaps.
 BLOCKS = None if GPU else 3
@@ -195,6 +195,21 @@ class MoveTest(parameterized.TestCase):
       self.assertEqual(ours.dtype, spec.dtype, name)
       tolerance = ROW_TOLERANCE['bfloat16' if name == 'dw' else dtype]
       assert_close(self, ours, spec, tolerance)
+
+  @parameterized.parameters(
+    (384, 'float32'), (640, 'bfloat16'), (768, 'bfloat16'), (1152, 'float32')
+  )
+  def test_any_width_becomes_a_kernel(self, width, dtype):
+    """Up to where a GPU is needed; the interpreter takes more."""
+    where = xla.plan(indices(70, 6, 2), 6, 8)
+    x_MD = jax.ShapeDtypeStruct((70, width), dtype)
+    y_PD = jax.ShapeDtypeStruct((len(where.source_P), width), dtype)
+
+    def move(x_MD, y_PD):
+      x_PD = mosaic_gpu.gather(x_MD, where, blocks=8)
+      return x_PD, mosaic_gpu.combine(y_PD, where.place_MX, None, blocks=8)
+
+    jax.jit(move).trace(x_MD, y_PD).lower(lowering_platforms=('cuda',))
 
   @parameterized.parameters(0, 16, 1000)
   def test_gather_leaves_what_it_need_not_clear(self, clear):
