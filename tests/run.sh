@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Runs the tests; arguments go to pytest.
 #
-#   bash tests/run.sh [--all] [PYTEST ARGUMENTS...]
+#   bash tests/run.sh [--all | --exhaustive] [PYTEST ARGUMENTS...]
 #
 # Light: needs what main.py needs, pytest and ruff. --all adds the heavy ones:
 # transformers on torch (an environment of its own, .oracle), compiling for TPUs
 # that are not here (libtpu in a folder of its own, .tpu), headless Chromium, Ray.
-# What --all needs and cannot get is an error, never a skipped test.
+# --exhaustive adds to those what --all looks at in some cases only: every way to
+# cut eight devices, every kernel on every TPU, 10,000 tasks, more kills.
+# What they need and cannot get is an error, never a skipped test.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-all=no
+level=light
 arguments=()
 for argument; do
   case $argument in
-    --all) all=yes ;;
+    --all | --exhaustive) level=${argument#--} ;;
     *) arguments+=("$argument") ;;
   esac
 done
@@ -37,7 +39,7 @@ get_chromium() {
       -y --no-install-recommends chromium >/dev/null
   fi
   find_chromium >/dev/null && return 0
-  say '--all needs Chromium on PATH: apt install chromium (or any Chrome)'
+  say "--$level needs Chromium on PATH: apt install chromium (or any Chrome)"
   return 1
 }
 
@@ -55,14 +57,15 @@ get_libtpu() {
 }
 
 bash launch/env.sh tests/requirements.txt
-marks='not heavy and not device'
-if [[ $all == yes ]]; then
+marks='not heavy and not exhaustive and not device'
+if [[ $level != light ]]; then
   get_chromium
   get_libtpu
   bash launch/env.sh launch/ray.txt
   bash tests/oracle/env.sh
-  marks='not device'
+  marks='not exhaustive and not device'
 fi
+[[ $level == exhaustive ]] && marks='not device'
 # Two processes: more only divides two cores further. A file stays in one
 # process, which compiles its programs once; files run in conftest.py's order.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile \

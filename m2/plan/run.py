@@ -7,7 +7,7 @@ prints, for each program, what a device holds and by category, what moves
 between devices beside what the sharding table asks for, and the bound on its
 time; `<workdir>/plan.json` holds the same, `<workdir>/<program>.hlo` what was
 compiled. A program that does not fit is named with what it would take, and for
-training and generation a configuration that fits is looked for.
+updates and generation a configuration that fits is looked for.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ TRIES = 3  # candidates that are compiled before giving up
 SERVED = 'a decoded token', 'a shorter engine.length'
 SEARCHED = {
   'train': ('a step', 'fewer tokens a step'),
+  'rl': ('a microbatch', 'a smaller forge.row_tokens'),
   'decode': SERVED,
   'prefill': SERVED,
 }
@@ -62,9 +63,10 @@ def run(
     if name in SEARCHED and (config.plan.search or not row['fits']):
       rows += propose(config, name, workdir)
       if name != 'train' and bare:
+        section = 'forge' if name == 'rl' else 'engine'
         print(
-          f'engine.* are settings of a config that has an engine, such as '
-          f'configs/plan.py; planned was {config.engine}'
+          f'{section}.* are settings of a config that has them, such as '
+          f'configs/plan.py; planned was {getattr(config, section)}'
         )
     provenance.write_json(workdir / 'plan.json', {'programs': rows})
   return rows
@@ -87,8 +89,8 @@ def propose(
   def rates(mesh):
     return roofline.chip_rates(target, meshes.make_mesh(mesh, found))
 
-  if name == 'train':
-    candidates = search.search(config, target, rates)
+  if name in search.PARTS:
+    candidates = search.search(config, target, rates, name)
   else:
     candidates = search.serving(config, target, rates)
   rows, (what, remedy) = [], SEARCHED[name]

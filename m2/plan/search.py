@@ -5,7 +5,8 @@ rematerialisation, number of microbatches and dtype of the first moment, is
 held against the memory of a device by `memory.estimate`, and ranked by the
 time of its products and messages one after the other, at peak: many plans
 share the same longest part, and the compiler hides only some of the rest. What
-the step computes stays: model, rows, their length, and the optimiser's rule.
+the step computes stays: model, rows, their length, and the optimiser's rule. Of
+an RL update the number of lines that are computed at once may change.
 
 Of generation the mesh changes first, then how many prompts are computed at
 once, then the number of slots, and last the experts' dtype; a slot's length
@@ -15,6 +16,7 @@ stays.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from m2 import config as settings
@@ -40,7 +42,7 @@ class Candidate:
     config: with what was changed of it.
     changed: the leaves that may differ from the run's, by their names.
     memory: the estimate.
-    seconds: bound on a step.
+    seconds: bound on a call.
     by: what bounds it.
     apart: seconds of products and messages when nothing overlaps.
   """
@@ -62,12 +64,13 @@ class Candidate:
     return ' '.join(words)
 
 
-TRAINING = (
+UPDATING = (
   *(f'mesh.{axis}' for axis in meshes.AXES),
   'model.remat',
-  'optim.accumulate',
   'optim.moment',
 )
+# The leaf that says how much is computed at once.
+PARTS = {'train': 'optim.accumulate', 'rl': 'forge.lines'}
 SERVING = (
   'plan.rollout_expert',
   'plan.rollout_tensor',
@@ -81,38 +84,52 @@ def search(
   config: settings.RunConfig,
   target: chips.Topology,
   rates: Callable[[settings.MeshConfig], Mapping[str, float]],
+  program: str = 'train',
   *,
   fill: float = FILL,
 ) -> list[Candidate]:
-  """Candidates for the training step that fit, the fastest bound first.
+  """Candidates for an update that fit, the least time a token first.
 
   Args:
     config: the run; what may change of it does.
     target: the chips.
     rates: bytes/s along each axis of a mesh (`roofline.chip_rates`).
+    program: train or rl.
     fill: share of a device's memory that the estimate may take.
   """
   limit = fill * target.chip.device_hbm
+  estimate = {'train': memory.estimate, 'rl': memory.estimate_rl}[program]
   found = []
-  for sizes in factorisations(config, target):
+  for sizes in factorisations(config, target, program):
     links = None
-    for one in variants(config, sizes):
+    for one in variants(config, sizes, program):
       try:
-        held = memory.estimate(one, sizes, target.chip.kind)
+        held = estimate(one, sizes, target.chip.kind)
       except ValueError:
         break  # a dimension does not divide: no variant of this mesh will do
       if held.peak > limit:
         continue
       links = links or rates(one.mesh)
-      found.append(_ranked(one, sizes, held, target, links))
-  return sorted(found, key=lambda one: (one.apart, one.memory.peak))
+      found.append(_ranked(one, sizes, held, target, links, program))
+
+  def key(one: Candidate):
+    return one.apart / math.prod(_rows(one.config, program)), one.memory.peak
+
+  return sorted(found, key=key)
+
+
+def _rows(config: settings.RunConfig, program: str) -> tuple[int, int]:
+  """Rows of one call, and their length."""
+  if program == 'rl':
+    return config.forge.lines, config.forge.row_tokens
+  return config.data.batch, config.data.length
 
 
 def factorisations(
-  config: settings.RunConfig, target: chips.Topology
+  config: settings.RunConfig, target: chips.Topology, program: str = 'train'
 ) -> Iterator[dict[str, int]]:
   """Axis sizes that multiply to the devices and divide what they split."""
-  model, data = config.model, config.data
+  model, (batch, length) = config.model, _rows(config, program)
   powers = [n for n in range(1, target.count + 1) if target.count % n == 0]
   for fsdp, expert, context, tensor in itertools.product(
     powers, powers, powers, TENSOR
@@ -122,10 +139,10 @@ def factorisations(
       continue
     rows = rest * fsdp * expert
     divides = (
-      data.batch % rows == 0
+      batch % rows == 0
       and model.experts % expert == 0
       and model.kv_heads % tensor == 0
-      and (context == 1 or data.length % (2 * context) == 0)
+      and (context == 1 or length % (2 * context) == 0)
     )
     if divides:
       sizes = rest, fsdp, expert, context, tensor
@@ -133,41 +150,44 @@ def factorisations(
 
 
 def variants(
-  config: settings.RunConfig, sizes: dict[str, int]
+  config: settings.RunConfig, sizes: dict[str, int], program: str = 'train'
 ) -> Iterator[settings.RunConfig]:
   """What may change on one mesh: the cheapest in time first."""
-  rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
+  ways = sizes['data'] * sizes['fsdp'] * sizes['expert']
+  rows, _ = _rows(config, program)
+  section, leaf = PARTS[program].split('.')
   for moment, remat, parts in itertools.product(MOMENTS, REMAT, ACCUMULATE):
-    if config.data.batch % (rows * parts) == 0:
-      yield dataclasses.replace(
-        config,
-        mesh=dataclasses.replace(config.mesh, **sizes),
-        model=dataclasses.replace(config.model, remat=remat),
-        optim=dataclasses.replace(
-          config.optim, accumulate=parts, moment=moment
-        ),
-      )
+    if rows % (ways * parts):
+      continue
+    one = dataclasses.replace(
+      config,
+      mesh=dataclasses.replace(config.mesh, **sizes),
+      model=dataclasses.replace(config.model, remat=remat),
+      optim=dataclasses.replace(config.optim, moment=moment),
+    )
+    # Microbatches of training are counted, those of RL are so many lines.
+    value = rows // parts if program == 'rl' else parts
+    changed = dataclasses.replace(getattr(one, section), **{leaf: value})
+    yield dataclasses.replace(one, **{section: changed})
 
 
-def _ranked(config, sizes, held, target, rates) -> Candidate:
-  data, parts = config.data, config.optim.accumulate
+def _ranked(config, sizes, held, target, rates, program) -> Candidate:
+  rows, length = _rows(config, program)
+  parts = 1 if program == 'rl' else config.optim.accumulate
   work = counts.Work(
-    config.model,
-    sizes,
-    data.batch // parts,
-    data.length,
-    parts,
-    target.chip.kind,
+    config.model, sizes, rows // parts, length, parts, target.chip.kind
   )
-  one = flops.per_token(config.model, data.length, training=True)
-  passes = one.passes * data.batch * data.length
+  expected = {'train': counts.train, 'rl': counts.rl}[program](work)
+  one = flops.per_token(config.model, length, training=True)
+  passes = one.passes * rows * length
   bound = roofline.Bound(
     compute=passes / (target.chip.bf16 * target.chips),
     memory=3 * held.peak / (target.chip.hbm_rate / target.chip.devices),
-    links=roofline.links(_as_found(work, counts.train(work)), rates),
+    links=roofline.links(_as_found(work, expected), rates),
   )
   apart = bound.compute + sum(bound.links.values())
-  return Candidate(config, TRAINING, held, bound.step, bound.by, apart)
+  changed = *UPDATING, PARTS[program]
+  return Candidate(config, changed, held, bound.step, bound.by, apart)
 
 
 def serving(

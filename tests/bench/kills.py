@@ -30,7 +30,7 @@ from m2.evolve import provenance
 from tests.bench import record
 from tests.pods import documents, pod
 
-EVERY = 5  # steps between checkpoints
+EVERY = pod.EVERY
 # Losses of another layout differ by rounding, and the choice of experts makes
 # more of it over hundreds of steps; states themselves are compared by checksum
 # whenever one is read.
@@ -52,16 +52,6 @@ LAYOUTS = (
   Layout(1, 4, settings.MeshConfig(data=4, fsdp=1, expert=1)),
 )
 MOMENTS = ('start', 'steps', 'save')
-
-
-def config(folder: pathlib.Path) -> settings.RunConfig:
-  """A run that is not finished before it was killed often enough."""
-  return pod.config(
-    folder,
-    steps=100_000,
-    checkpoint={'every': EVERY},
-    optim={'lr': 1e-4, 'warmup': 20},
-  )
 
 
 def start(cfg, workdir: pathlib.Path, layout: Layout, attempt: int) -> pod.Pod:
@@ -172,7 +162,8 @@ def compare(
 def campaign(kills: int, seed: int, folder: pathlib.Path) -> dict[str, Any]:
   """Kills a run `kills` times; what was found, and what must hold of it."""
   rng, begin = random.Random(seed), time.monotonic()
-  cfg = config(folder)
+  # Not finished before it was killed often enough.
+  cfg = pod.config(folder, steps=100_000)
   torn, whole = folder / 'torn', folder / 'whole'
   deaths = []
   for attempt in range(kills):

@@ -283,7 +283,7 @@ class RoundTripTest(hf_test.FilesTest):
           want = np.frombuffer(data, np.float32)
           np.testing.assert_allclose(got, want, rtol=2**-8)
 
-  @pytest.mark.heavy
+  @pytest.mark.exhaustive
   def test_the_released_number_of_tensors(self):
     """96,103 of them at reduced width, onto a mesh and back."""
     cfg = config.ModelConfig(
@@ -300,7 +300,6 @@ class RoundTripTest(hf_test.FilesTest):
       self.assertEqual((out / file.name).read_bytes(), file.read_bytes())
 
 
-@pytest.mark.heavy
 class MemoryTest(parameterized.TestCase):
   """A few GB at the real widths, each load in a process of its own."""
 
@@ -312,8 +311,15 @@ class MemoryTest(parameterized.TestCase):
     model = bench.model(2, 48)
     cls.size = synthetic.write(cls.path, model, shard_bytes=10**9)
 
-  @parameterized.parameters('', '1x2x2x2')
-  def test_peak_memory(self, sizes):
+  @pytest.mark.heavy
+  def test_peak_memory(self):
+    self.check_peak('')
+
+  @pytest.mark.exhaustive
+  def test_peak_memory_on_a_mesh(self):
+    self.check_peak('1x2x2x2')
+
+  def check_peak(self, sizes):
     self.assertGreater(self.size, 1.5 * GIB)
     words = [f'--mesh={sizes}'] * bool(sizes)
     out = self.folder / f'out{sizes}'

@@ -40,7 +40,7 @@ class ControlTest(absltest.TestCase):
   def test_all_controls_of_every_skill(self):
     check_controls(self, some(200))
 
-  @pytest.mark.heavy
+  @pytest.mark.exhaustive
   def test_all_controls_of_10_000_instances(self):
     check_controls(self, some(10_000, 'heavy'))
 

@@ -110,6 +110,8 @@ class HostsTest(absltest.TestCase):
       'PORT': str(_free_port()),
       'RAY_AUTH_TOKEN': secrets.token_hex(32),
       'RAY_TMPDIR': '/tmp/m2-ray',  # sockets in it: a long path does not do
+      # Agents wait so long for a head that went; by default a minute.
+      'RAY_gcs_rpc_server_reconnect_timeout_s': '5',
     }
     trainer = self.start(
       'bash', 'launch/rl.sh', 'trainer', '--config=configs/rl.py:tiny',

@@ -132,9 +132,16 @@ class ModelTest(parameterized.TestCase):
       compare(AHEAD, config.MeshConfig(expert=2, context=2, tensor=2))
 
   @pytest.mark.heavy
+  def test_equals_one_device_for_some_factorisations(self):
+    self.compare_all(factorisations()[::4])
+
+  @pytest.mark.exhaustive
   def test_equals_one_device_for_every_factorisation(self):
     found = factorisations()
     self.assertLen(found, 15)
+    self.compare_all(found)
+
+  def compare_all(self, found):
     for sizes in found:
       with self.subTest(str(dict(zip(meshes.AXES, sizes._values())))):
         compare(CFG, sizes)

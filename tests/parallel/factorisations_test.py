@@ -8,8 +8,6 @@ from absl.testing import absltest, parameterized
 
 from tests.parallel import routings
 
-pytestmark = pytest.mark.heavy
-
 # Those of (data, fsdp, expert, context, tensor) that cut the experts.
 SIZES = [
   sizes
@@ -26,7 +24,16 @@ WAYS = (
 
 class FactorisationsTest(parameterized.TestCase):
   @parameterized.product(sizes=SIZES, way=WAYS)
+  @pytest.mark.exhaustive
   def test_equals_one_device(self, sizes, way):
+    self.compare(sizes, way)
+
+  @parameterized.parameters(*zip(SIZES, itertools.cycle(WAYS)))
+  @pytest.mark.heavy
+  def test_equals_one_device_one_way(self, sizes, way):
+    self.compare(sizes, way)
+
+  def compare(self, sizes, way):
     strategy, chunks, tight = way
     error = routings.largest_error(sizes, strategy, chunks, tight=tight)
     self.assertLess(error, routings.TOLERANCE)

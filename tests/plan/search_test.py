@@ -1,5 +1,6 @@
 """What the search offers fits by its own estimate, and is a real run."""
 
+import dataclasses
 import math
 
 from absl.testing import absltest
@@ -70,6 +71,57 @@ class SearchTest(absltest.TestCase):
     self.assertLess(peak(model__remat='full'), base)
     self.assertLess(peak(optim__moment='bfloat16'), base)
     self.assertLess(base, peak(model__remat='none'))
+
+
+class UpdateTest(absltest.TestCase):
+  """RL: the number of lines at once may change, and no number of parts."""
+
+  def config(self, **forge):
+    tree = plan.get_config('')
+    tree.mode = 'plan'
+    tree.forge.update(forge)
+    return settings.RunConfig.from_config(tree)
+
+  def find(self, topology, **forge):
+    run, target = self.config(**forge), chips.topology(topology)
+    found = search.search(run, target, rates, 'rl')
+    for one in found:
+      mesh = one.config.mesh
+      sizes = [getattr(mesh, axis) for axis in meshes.AXES]
+      self.assertEqual(math.prod(sizes), target.count)
+      self.assertLessEqual(
+        one.memory.peak, search.FILL * target.chip.device_hbm
+      )
+      rows = mesh.data * mesh.fsdp * mesh.expert
+      self.assertEqual(one.config.forge.lines % rows, 0)
+      self.assertEqual(one.config.forge.row_tokens, run.forge.row_tokens)
+      self.assertEqual(one.config.optim.accumulate, run.optim.accumulate)
+    return found
+
+  def test_fewer_lines_where_all_at_once_do_not_fit(self):
+    few = self.find('tpu7x:4x4x8', lines=256, row_tokens=8192)
+    many = self.find('v5p:4x4x4', lines=1024, row_tokens=16384)
+    self.assertEqual(few[0].config.forge.lines, 256)
+    self.assertLess(many[0].config.forge.lines, 1024)
+    self.assertIn(
+      f'--config.forge.lines={many[0].config.forge.lines}', many[0].settings()
+    )
+    self.assertNotIn('accumulate', many[0].settings())
+
+  def test_estimate_is_near_what_the_compiler_said(self):
+    run = self.config(lines=256, row_tokens=8192)
+    model = dataclasses.replace(
+      run.model, expert_strategy='gather', expert_chunks=1
+    )
+    run = dataclasses.replace(run, model=model)
+    sizes = dict(zip(meshes.AXES, (1, 32, 8, 1, 1)))
+    kind = chips.topology('tpu7x:4x4x8').chip.kind
+    found = memory.estimate_rl(run, sizes, kind)
+    compiled = {'weights': 3.61, 'optimiser': 7.23, 'gradients': 7.23}
+    compiled |= {'batch': 0.05, 'residuals': 11.73}
+    for name, size in compiled.items():
+      self.assertAlmostEqual(getattr(found, name) / 2**30, size, delta=0.01)
+    self.assertBetween(found.peak / 2**30 / 49.67, 1, 1.2)
 
 
 class ServingTest(absltest.TestCase):

@@ -9,9 +9,9 @@ from m2 import config as settings
 from m2.data import tokenizer
 
 LENGTH = 8  # tokens of a document; two fill a row of 16
-# An epoch. The pipeline packs and shuffles this many together, so that the
-# batches of an epoch hold each of them once, and no other.
-COUNT = 8192
+# An epoch of 64 steps. The workers' pipeline packs and shuffles this many
+# together, so that its batches hold each of them once, and no other.
+COUNT = 1024
 VOCAB = 320
 FILE = 'documents.jsonl'
 _BASE = 100

@@ -23,11 +23,15 @@ from tests.pods import documents
 from tests.train import small
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+EVERY = 5  # steps between checkpoints
 LIMIT = 600.0  # seconds that anything may take, on a busy machine
 
 
 def config(folder: pathlib.Path, **changes: Any) -> settings.RunConfig:
-  """A tiny run on numbered documents; `changes` as in `small.run_config`."""
+  """A tiny run on numbered documents; `changes` as in `small.run_config`.
+
+  Its rate does not decay, so that runs of any length share their programs.
+  """
   source, words = documents.write(folder)
   data = {
     'source': 'jsonl',
@@ -38,6 +42,8 @@ def config(folder: pathlib.Path, **changes: Any) -> settings.RunConfig:
   mesh = {'data': 2, 'fsdp': 2, 'expert': 2}
   changes['data'] = data | changes.get('data', {})
   changes['mesh'] = mesh | changes.get('mesh', {})
+  changes['optim'] = {'lr': 1e-4, 'warmup': 2, 'decay': 0.0}
+  changes['checkpoint'] = {'every': EVERY}
   return small.run_config(**changes)
 
 

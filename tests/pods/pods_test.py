@@ -84,7 +84,7 @@ class PodTest(parameterized.TestCase):
       (1, 8, settings.MeshConfig(data=2, fsdp=2, expert=2)),
       (1, 8, settings.MeshConfig(data=8, fsdp=1, expert=1)),
       (2, 8, settings.MeshConfig(data=2, fsdp=1, expert=2, tensor=2)),
-      (1, 4, settings.MeshConfig(data=2, fsdp=2, expert=1)),
+      (1, 4, settings.MeshConfig(data=4, fsdp=1, expert=1)),
     )
     for attempt, (processes, devices, mesh) in enumerate(layouts):
       self.cfg = dataclasses.replace(self.cfg, mesh=mesh)
@@ -146,8 +146,15 @@ class PodTest(parameterized.TestCase):
 class KillsTest(absltest.TestCase):
   @pytest.mark.heavy
   def test_kills_lose_and_repeat_nothing(self):
+    self.kill(3, 2)
+
+  @pytest.mark.exhaustive
+  def test_more_kills(self):
+    self.kill(20, 3)
+
+  def kill(self, times: int, seed: int):
     folder = pathlib.Path(self.create_tempdir().full_path)
-    found = kills.campaign(4, 2, folder)
+    found = kills.campaign(times, seed, folder)
     self.assertEmpty(kills.faults(found), found)
 
 

@@ -54,6 +54,11 @@ def keep_compiled() -> None:
   compiler.distributed = types.SimpleNamespace(global_state=state)
 
 
+def shrink_windows() -> None:
+  """One window of the pipeline is one epoch."""
+  pipeline._WINDOW_TOKENS = documents.COUNT * documents.LENGTH
+
+
 def folder() -> pathlib.Path:
   path = pathlib.Path(main.WORKDIR.value) / 'ledger'
   path.mkdir(exist_ok=True)
@@ -63,4 +68,5 @@ def folder() -> pathlib.Path:
 if __name__ == '__main__':
   keep_ledger()
   keep_compiled()
+  shrink_windows()
   app.run(main.main, flags_parser=main.parse)

@@ -5,8 +5,6 @@ from absl.testing import absltest, parameterized
 
 from tests.tpu import child
 
-pytestmark = pytest.mark.heavy
-
 TOPOLOGIES = {
   'TPU v5': 'v5p:2x2x1',
   'TPU v6 lite': 'v6e:2x2',
@@ -32,9 +30,25 @@ FLOPS_TOLERANCE = 1e-3
 PADDED = 4864 / 1024
 
 
+NEWEST = 'TPU7x'
+
+
 class KernelsTest(parameterized.TestCase):
-  @parameterized.parameters(*TOPOLOGIES)
-  def test_compile_and_stay_near_the_ideal(self, kind):
+  @pytest.mark.heavy
+  def test_compile_and_stay_near_the_ideal(self):
+    self.check_kernels(NEWEST)
+
+  @pytest.mark.heavy
+  def test_layer_and_derivative_compile_as_one(self):
+    self.check_layer(NEWEST)
+
+  @parameterized.parameters(*sorted(TOPOLOGIES.keys() - {NEWEST}))
+  @pytest.mark.exhaustive
+  def test_other_chips(self, kind):
+    self.check_kernels(kind)
+    self.check_layer(kind)
+
+  def check_kernels(self, kind):
     cases = *STREAMED, *SIZES.get(kind, ()), *OTHERS
     # That they compile says that they fit the chip's vector memory.
     found = child.run('tests.tpu.kernels', [TOPOLOGIES[kind], *cases])
@@ -56,8 +70,7 @@ class KernelsTest(parameterized.TestCase):
         temp = row['temp_bytes'] - row['padding_bytes']
         self.assertLess(temp, row['matrix_bytes'] / row['experts'])
 
-  @parameterized.parameters(*TOPOLOGIES)
-  def test_layer_and_derivative_compile_as_one(self, kind):
+  def check_layer(self, kind):
     (row,) = child.run('tests.tpu.kernels', [TOPOLOGIES[kind], 'layer:128:256'])
     self.assertAlmostEqual(
       row['flops'] / row['flops_analytic'], PADDED, delta=0.1 * PADDED
