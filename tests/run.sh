@@ -60,9 +60,12 @@ bash launch/env.sh tests/requirements.txt
 marks='not heavy and not exhaustive and not device'
 if [[ $level != light ]]; then
   get_chromium
+  # Two places, two cores.
+  bash tests/oracle/env.sh &
+  oracle=$!
   get_libtpu
   bash launch/env.sh launch/ray.txt
-  bash tests/oracle/env.sh
+  wait "$oracle"
   marks='not exhaustive and not device'
 fi
 [[ $level == exhaustive ]] && marks='not device'

@@ -24,8 +24,8 @@ from pallas_kernels.permute import layout
 
 BAND = 64  # tokens that are ranked together: the height of a wgmma
 LANES = 8  # choices come in multiples of this
-GROUPS = 64  # groups come in multiples of this, a swizzled tile's width
-WIDEST = 256  # groups of a wgmma
+GROUPS = 64  # groups of a block, a swizzled tile's width
+WIDEST = 1024  # groups; XLA compares each with all others
 RANKERS = 128  # blocks of tokens; each carries its counts along its tokens
 WIDTH = 128  # rows come in multiples of this, one value a thread
 TOKEN_BYTES = 48 << 10  # of all rows of a token: two lie in shared memory

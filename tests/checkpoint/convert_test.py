@@ -144,7 +144,7 @@ class ConvertTest(parameterized.TestCase):
       self.run_mode(self.folder / 'run', self.folder / 'out')
     self.assertFalse((self.folder / 'out').exists())
 
-  @pytest.mark.heavy
+  @pytest.mark.exhaustive
   def test_memory_does_not_grow_with_the_model(self):
     """A few GB of real widths, by the command; in bfloat16 they are 2.9 GB."""
     source, run = self.folder / 'fp8', self.folder / 'run'

@@ -143,7 +143,7 @@ class ModelTest(parameterized.TestCase):
 
   def compare_all(self, found):
     for sizes in found:
-      with self.subTest(str(dict(zip(meshes.AXES, sizes._values())))):
+      with self.subTest(str(sizes)):
         compare(CFG, sizes)
 
   def test_a_cache_is_refused(self):

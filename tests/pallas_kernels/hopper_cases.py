@@ -1,6 +1,7 @@
 """How the tests of Hopper kernels run and lower them on any machine."""
 
 import contextlib
+import types
 from unittest import mock
 
 import jax
@@ -59,6 +60,19 @@ def compiled_here():
     plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
   ):
     yield
+
+
+HOPPER = types.SimpleNamespace(
+  platform='gpu',
+  compute_capability='9.0',
+  device_kind='NVIDIA H100 80GB HBM3',
+  core_count=132,
+)
+
+
+def hopper_here():
+  """Kernels believe in a GPU while they are lowered; nothing can be run."""
+  return mock.patch.object(jax, 'local_devices', lambda: [HOPPER])
 
 
 def export(call, *shapes):
