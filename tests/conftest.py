@@ -36,7 +36,10 @@ flags.FLAGS.mark_as_parsed()  # absltest's temporary folders read absl flags
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Files with heavy tests come first: none is left to one process alone."""
-  heavy = {item.path for item in items if item.get_closest_marker('heavy')}
+  long = 'heavy', 'exhaustive'
+  heavy = {
+    item.path for item in items if any(map(item.get_closest_marker, long))
+  }
   items.sort(key=lambda item: item.path not in heavy)
 
 

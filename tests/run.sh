@@ -6,9 +6,9 @@
 # Light: needs what main.py needs, pytest and ruff. --all adds the heavy ones:
 # transformers on torch (an environment of its own, .oracle), compiling for TPUs
 # that are not here (libtpu in a folder of its own, .tpu), headless Chromium, Ray.
-# --exhaustive adds to those what --all looks at in some cases only: every way to
-# cut eight devices, every kernel on every TPU, 10,000 tasks, more kills.
-# What they need and cannot get is an error, never a skipped test.
+# --exhaustive adds all cases of what --all samples (every way to cut eight
+# devices, every kernel on every TPU, 10,000 tasks, more kills) and what takes
+# minutes and seldom breaks: memory and files at full scale. What they need and cannot get is an error, never a skipped test.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,7 +16,8 @@ level=light
 arguments=()
 for argument; do
   case $argument in
-    --all | --exhaustive) level=${argument#--} ;;
+    --exhaustive) level=exhaustive ;;
+    --all) [[ $level == exhaustive ]] || level=all ;;
     *) arguments+=("$argument") ;;
   esac
 done
@@ -60,9 +61,10 @@ bash launch/env.sh tests/requirements.txt
 marks='not heavy and not exhaustive and not device'
 if [[ $level != light ]]; then
   get_chromium
-  # Two places, two cores.
+  # An environment of its own: it is made beside the rest.
   bash tests/oracle/env.sh &
   oracle=$!
+  trap 'kill "$oracle" 2>/dev/null || true' EXIT
   get_libtpu
   bash launch/env.sh launch/ray.txt
   wait "$oracle"

@@ -18,6 +18,7 @@ import numpy as np
 from m2 import config as settings
 from m2.engine import engine as engines
 from m2.forge import step as rl_step
+from m2.forge import tree as tree_lib
 from m2.model import params as model_params
 from m2.parallel import cost, sharding
 from m2.plan import counts
@@ -26,8 +27,10 @@ from m2.plan import counts
 FIXED = 2**30
 # Work space of a prefill beside its rows of cache.
 PREFILL = 2 * 2**30
-# Numbers known of every token of an RL update, as `programs.rl_program` has it.
-PAIRS = 6
+# Numbers known of every token of an RL update.
+PAIRS = sum(
+  field.name.endswith('_Z') for field in dataclasses.fields(tree_lib.TreeBatch)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +164,9 @@ def estimate_rl(
 ) -> Memory:
   """Of an RL update on one microbatch of full lines, likewise.
 
-  The full model on tpu7x:4x4x8 (32 x 8, 256 lines of 8K) takes 53.7 GiB by this
-  count and 49.7 by the compiler: the difference is that of `work_space`.
+  The full model on tpu7x:4x4x8 (32 x 8, 256 lines of 8K, `gather`) takes 53.7
+  GiB by this count and 49.7 by the compiler; on v6e:16x16 (16 x 16, 256 lines
+  of 8K, `ragged`) 27.8 and 28.1.
   """
   forge = config.forge
   work = counts.Work(config.model, mesh, forge.lines, forge.row_tokens, 1, kind)

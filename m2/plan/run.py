@@ -22,7 +22,7 @@ TRIES = 3  # candidates that are compiled before giving up
 SERVED = 'a decoded token', 'a shorter engine.length'
 SEARCHED = {
   'train': ('a step', 'fewer tokens a step'),
-  'rl': ('a microbatch', 'a smaller forge.row_tokens'),
+  'rl': ('a microbatch', 'a smaller engine.length and forge.row_tokens'),
   'decode': SERVED,
   'prefill': SERVED,
 }
@@ -51,19 +51,20 @@ def run(
   compiler.prepare()  # before jax starts
   from m2.plan import report
 
-  bare = config.engine is None
+  given = config
   config = dataclasses.replace(
     config, engine=config.engine or ENGINE, forge=config.forge or FORGE
   )
   rows = []
   for name in config.plan.programs.split(','):
-    row = one(config, name, workdir)
+    planned = given if name == 'train' else config
+    row = one(planned, name, workdir)
     print('\n'.join(report.lines(row)), flush=True)
     rows.append(row)
     if name in SEARCHED and (config.plan.search or not row['fits']):
-      rows += propose(config, name, workdir)
-      if name != 'train' and bare:
-        section = 'forge' if name == 'rl' else 'engine'
+      rows += propose(planned, name, workdir)
+      section = 'forge' if name == 'rl' else 'engine'
+      if name != 'train' and getattr(given, section) is None:
         print(
           f'{section}.* are settings of a config that has them, such as '
           f'configs/plan.py; planned was {getattr(config, section)}'

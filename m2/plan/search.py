@@ -131,8 +131,10 @@ def factorisations(
   """Axis sizes that multiply to the devices and divide what they split."""
   model, (batch, length) = config.model, _rows(config, program)
   powers = [n for n in range(1, target.count + 1) if target.count % n == 0]
+  # A run that generates, too, keeps rows whole (`RunConfig` refuses others).
+  contexts = [1] if config.engine else powers
   for fsdp, expert, context, tensor in itertools.product(
-    powers, powers, powers, TENSOR
+    powers, powers, contexts, TENSOR
   ):
     rest, left = divmod(target.count, fsdp * expert * context * tensor)
     if left or not rest or rest % target.slices:

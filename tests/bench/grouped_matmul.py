@@ -327,7 +327,7 @@ def main() -> None:
       'grouped_matmul',
       jax.devices()[0].device_kind,
       rows,
-      command='python -m tests.bench.grouped_matmul' + ' --tune' * flags.tune,
+      command=record.command('grouped_matmul'),
       folder=flags.out,
     )
   print(path)

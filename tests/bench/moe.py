@@ -371,7 +371,7 @@ def main() -> None:
       'moe',
       jax.devices()[0].device_kind,
       rows,
-      command='python -m tests.bench.moe',
+      command=record.command('moe'),
       folder=flags.out,
     )
   print(path)

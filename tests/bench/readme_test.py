@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import sys
+from unittest import mock
 
 from absl.testing import absltest
 
@@ -41,6 +43,12 @@ class ReadmeTest(absltest.TestCase):
     text = readme.render(EMPTY, folder)
     self.assertNotIn('old', text)
     self.assertEqual(text.count('Not measured yet.'), 10)
+
+  def test_a_command_is_what_was_typed(self):
+    typed = ['x.py', '--out', 'folder', '--tokens', '8', '16', '--out=other']
+    with mock.patch.object(sys, 'argv', typed):
+      words = record.command('moe')
+    self.assertEqual(words, 'python -m tests.bench.moe --tokens 8 16')
 
   def test_a_run_becomes_a_row(self):
     folder = pathlib.Path(self.create_tempdir().full_path)

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,18 @@ def summary(values: Sequence[float]) -> dict[str, float | int]:
 def slug(device: str) -> str:
   """A device's name as part of a file name: letters, digits and dashes."""
   return re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-') or 'unknown'
+
+
+def command(bench: str) -> str:
+  """The words that started this benchmark, but for where results go."""
+  words = ['python', '-m', f'tests.bench.{bench}']
+  given = iter(sys.argv[1:])
+  for word in given:
+    if word == '--out':
+      next(given)
+    elif not word.startswith('--out='):
+      words.append(word)
+  return ' '.join(words)
 
 
 def write(

@@ -400,7 +400,7 @@ def main() -> None:
       'route',
       jax.devices()[0].device_kind,
       rows,
-      command='python -m tests.bench.route',
+      command=record.command('route'),
       folder=flags.out,
     )
   print(path)

@@ -34,7 +34,7 @@ done
 if [[ -z "$base" ]]; then
   echo 'tests/oracle/env.sh: no Python 3.11 with venv on PATH or in pyenv.' \
     'Install one (pyenv install 3.11, or apt-get install python3.11-venv)' \
-    'or run the tests without --all.' >&2
+    'or run the tests without --all or --exhaustive.' >&2
   exit 1
 fi
 

@@ -84,3 +84,9 @@ def export(call, *shapes):
       jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS
     ],
   )(*shapes)
+
+
+def kernels(exported) -> int:
+  """How many of our kernels a lowered program has."""
+  text = exported.mlir_module()
+  return sum(text.count(f'@{name}(') for name in CUSTOM_CALLS)

@@ -41,10 +41,10 @@ def with_gradients(call):
 
 
 class LoweringTest(parameterized.TestCase):
-  def lower(self, call, *arguments):
+  def lower(self, kernels, call, *arguments):
     with hopper_cases.hopper_here():
       exported = hopper_cases.export(call, *arguments)
-    self.assertIn('mosaic_gpu', exported.mlir_module())
+    self.assertEqual(hopper_cases.kernels(exported), kernels)
 
   @parameterized.parameters(*SHAPES[:2])
   def test_experts(self, tokens, width, hidden, experts, choices):
@@ -56,6 +56,7 @@ class LoweringTest(parameterized.TestCase):
     wide, tall = array(experts, width, hidden), array(experts, hidden, width)
     weight = array(tokens, choices, dtype=jnp.float32)
     self.lower(
+      8,
       with_gradients(layer),
       (array(tokens, width), weight, wide, wide, tall),
       array(tokens, choices, dtype=jnp.int32),
@@ -70,6 +71,7 @@ class LoweringTest(parameterized.TestCase):
         lambda *w: tuple(map(pallas_kernels.quantise, w)), wide, tall
       )
     self.lower(
+      2,
       functools.partial(pallas_kernels.decode_experts, impl='mosaic_gpu'),
       array(min(tokens, 256), width),
       array(min(tokens, 256), choices, dtype=jnp.int32),
@@ -87,6 +89,7 @@ class LoweringTest(parameterized.TestCase):
       )
 
     self.lower(
+      3,
       with_gradients(product),
       (array(tokens * choices, width), array(experts, width, hidden)),
       array(experts, dtype=jnp.int32),
@@ -97,6 +100,7 @@ class LoweringTest(parameterized.TestCase):
   )
   def test_route(self, tokens, experts, top_k, min_k):
     self.lower(
+      1,
       functools.partial(
         pallas_kernels.route,
         top_k=top_k,
@@ -122,6 +126,7 @@ class LoweringTest(parameterized.TestCase):
       )
 
     self.lower(
+      4,
       with_gradients(layer),
       (array(70, width, dtype=dtype), array(70, 2, dtype=jnp.float32)),
       array(70, 2, dtype=jnp.int32),

@@ -32,6 +32,7 @@ if GPU:
   CHOICES += ((8193, 64, 8, 8), (8193, 64, 4, 2), (100, 512, 8, 8))
   LAYOUTS += ((1, 256, 8, 8, 3072), (7, 64, 8, 8, 3072), (128, 32, 8, 8, 3072))
   LAYOUTS += ((8192, 256, 8, 8, 3072), (8193, 5, 8, 8, 768))
+  LAYOUTS += ((8193, 1000, 8, 8, 128),)
   LAYOUTS += ((8192, 256, 8, 64, 1536), (32768, 256, 8, 8, 3072))
 # Few blocks on a CPU, so that each walks several tokens and gaps.
 BLOCKS = None if GPU else 3

@@ -1,6 +1,5 @@
 """What the search offers fits by its own estimate, and is a real run."""
 
-import dataclasses
 import math
 
 from absl.testing import absltest
@@ -18,6 +17,15 @@ def config(**leaves) -> settings.RunConfig:
   leaves = {'data__shards': 16} | leaves
   words = [f'{name.replace("__", ".")}={x}' for name, x in leaves.items()]
   return settings.RunConfig.from_config(m2.get_config(','.join(words)))
+
+
+def planned(**sections) -> settings.RunConfig:
+  """What configs/plan.py says, with some leaves of some sections changed."""
+  tree = plan.get_config('')
+  tree.mode = 'plan'
+  for name, leaves in sections.items():
+    tree[name].update(leaves)
+  return settings.RunConfig.from_config(tree)
 
 
 def rates(mesh):
@@ -76,14 +84,8 @@ class SearchTest(absltest.TestCase):
 class UpdateTest(absltest.TestCase):
   """RL: the number of lines at once may change, and no number of parts."""
 
-  def config(self, **forge):
-    tree = plan.get_config('')
-    tree.mode = 'plan'
-    tree.forge.update(forge)
-    return settings.RunConfig.from_config(tree)
-
   def find(self, topology, **forge):
-    run, target = self.config(**forge), chips.topology(topology)
+    run, target = planned(forge=forge), chips.topology(topology)
     found = search.search(run, target, rates, 'rl')
     for one in found:
       mesh = one.config.mesh
@@ -108,32 +110,34 @@ class UpdateTest(absltest.TestCase):
     )
     self.assertNotIn('accumulate', many[0].settings())
 
+  def test_settings_are_a_command_line(self):
+    best = self.find('v6e:16x16', lines=256, row_tokens=16384)[0]
+    words = [w.removeprefix('--config.') for w in best.settings().split()]
+    again = plan.get_config(','.join(words))
+    again.forge.row_tokens = 16384
+    run = settings.RunConfig.from_config(again)
+    self.assertEqual(run.mesh, best.config.mesh)
+    self.assertEqual(run.forge.lines, best.config.forge.lines)
+
   def test_estimate_is_near_what_the_compiler_said(self):
-    run = self.config(lines=256, row_tokens=8192)
-    model = dataclasses.replace(
-      run.model, expert_strategy='gather', expert_chunks=1
+    run = planned(
+      forge={'lines': 256, 'row_tokens': 8192},
+      model={'expert_strategy': 'gather', 'expert_chunks': 1},
     )
-    run = dataclasses.replace(run, model=model)
     sizes = dict(zip(meshes.AXES, (1, 32, 8, 1, 1)))
     kind = chips.topology('tpu7x:4x4x8').chip.kind
     found = memory.estimate_rl(run, sizes, kind)
-    compiled = {'weights': 3.61, 'optimiser': 7.23, 'gradients': 7.23}
-    compiled |= {'batch': 0.05, 'residuals': 11.73}
-    for name, size in compiled.items():
+    planned_bytes = {'weights': 3.61, 'optimiser': 7.23, 'gradients': 7.23}
+    planned_bytes |= {'batch': 0.05, 'residuals': 11.73}
+    for name, size in planned_bytes.items():
       self.assertAlmostEqual(getattr(found, name) / 2**30, size, delta=0.01)
     self.assertBetween(found.peak / 2**30 / 49.67, 1, 1.2)
 
 
 class ServingTest(absltest.TestCase):
-  def config(self, **engine):
-    tree = plan.get_config('')
-    tree.mode = 'plan'
-    tree.engine.update(engine)
-    return settings.RunConfig.from_config(tree)
-
   def find(self, topology, **engine):
     target = chips.topology(topology)
-    run = self.config(**engine)
+    run = planned(engine=engine)
     found = search.serving(run, target, rates)
     for one in found:
       mesh, served = one.config.plan, one.config.engine
@@ -180,7 +184,8 @@ class ServingTest(absltest.TestCase):
       ((1, 1, 4, 1, 4), 32, 16384, 27.3, 28.7),  # v6e:4x4
       ((1, 1, 8, 1, 4), 64, 8192, 14.4, 14.7),  # v5e:4x8
     ):
-      run = self.config(slots=slots, length=length, prompts=8, fp8=True)
+      engine = {'slots': slots, 'length': length, 'prompts': 8, 'fp8': True}
+      run = planned(engine=engine)
       sizes = dict(zip(meshes.AXES, axes))
       for name, compiled in (('decode', decode), ('prefill', prefill)):
         found = memory.serving(run, sizes, name).peak / 2**30

@@ -42,8 +42,9 @@ def config(folder: pathlib.Path, **changes: Any) -> settings.RunConfig:
   mesh = {'data': 2, 'fsdp': 2, 'expert': 2}
   changes['data'] = data | changes.get('data', {})
   changes['mesh'] = mesh | changes.get('mesh', {})
-  changes['optim'] = {'lr': 1e-4, 'warmup': 2, 'decay': 0.0}
-  changes['checkpoint'] = {'every': EVERY}
+  optim = {'lr': 1e-4, 'warmup': 2, 'decay': 0.0}
+  changes['optim'] = optim | changes.get('optim', {})
+  changes['checkpoint'] = {'every': EVERY} | changes.get('checkpoint', {})
   return small.run_config(**changes)
 
 

@@ -17,8 +17,9 @@ from tests.pods import documents, pod
 
 STEPS = 16
 # Relative, of losses: between processes gloo adds in another order than XLA
-# within one, and other meshes add in others still. Seen: 4e-7 and 2e-5.
-SAME_MESH, OTHER_MESH = 1e-5, 3e-4
+# within one, and other meshes add in others still. Seen: 2.3e-7, over 512 steps
+# (`tests/bench/results/kills-*.json`); a step moves the loss by a hundredth.
+SAME = 1e-5
 NAMED_WITHIN = 60.0  # seconds
 
 
@@ -42,10 +43,10 @@ class PodTest(parameterized.TestCase):
     self.assertLen(pod.losses(workdir), stopped)
     return stopped
 
-  def check(self, workdir, whole, tolerance) -> None:
+  def check(self, workdir, whole) -> None:
     """Losses and rows of two runs are the same."""
     np.testing.assert_allclose(
-      pod.losses(workdir), pod.losses(whole), rtol=tolerance
+      pod.losses(workdir), pod.losses(whole), rtol=SAME
     )
     self.assertLen(pod.losses(workdir), STEPS)
     self.assertEqual(pod.ledger(workdir), pod.ledger(whole))
@@ -71,7 +72,7 @@ class PodTest(parameterized.TestCase):
     with pod.Pod(self.cfg, torn, attempt=1) as run:
       run.finish()
       self.assertEqual(pod.resumed(run.log()), stopped)
-    self.check(torn, whole, SAME_MESH)
+    self.check(torn, whole)
 
   @pytest.mark.heavy
   def test_layouts_read_each_other(self):
@@ -94,7 +95,7 @@ class PodTest(parameterized.TestCase):
       else:
         with pod.Pod(self.cfg, torn, **layout) as run:
           run.finish()
-    self.check(torn, whole, OTHER_MESH)
+    self.check(torn, whole)
 
   @pytest.mark.heavy
   def test_a_hung_host_is_named(self):
@@ -146,7 +147,7 @@ class PodTest(parameterized.TestCase):
 class KillsTest(absltest.TestCase):
   @pytest.mark.heavy
   def test_kills_lose_and_repeat_nothing(self):
-    self.kill(3, 2)
+    self.kill(3, 2089)  # in every layout; the second while it saves
 
   @pytest.mark.exhaustive
   def test_more_kills(self):

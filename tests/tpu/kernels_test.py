@@ -10,6 +10,8 @@ TOPOLOGIES = {
   'TPU v6 lite': 'v6e:2x2',
   'TPU7x': 'tpu7x:2x2x1',
 }
+# None has less vector memory: what fits there should fit the others.
+SAMPLED = 'TPU7x'
 # Each operation where a group has a few hundred rows; for one chip also with
 # thousands and with a handful.
 STREAMED = (
@@ -17,7 +19,7 @@ STREAMED = (
   'up_backward:8192:256', 'transposed:8192:256', 'weight_gradient:8192:256',
 )  # fmt: skip
 SIZES = {
-  'TPU v5': (
+  SAMPLED: (
     'weight_gradient_fp32:32768:32', 'up:32768:256', 'up:128:256',
     'down_backward:32768:32',
   ),
@@ -30,19 +32,16 @@ FLOPS_TOLERANCE = 1e-3
 PADDED = 4864 / 1024
 
 
-NEWEST = 'TPU7x'
-
-
 class KernelsTest(parameterized.TestCase):
   @pytest.mark.heavy
   def test_compile_and_stay_near_the_ideal(self):
-    self.check_kernels(NEWEST)
+    self.check_kernels(SAMPLED)
 
   @pytest.mark.heavy
   def test_layer_and_derivative_compile_as_one(self):
-    self.check_layer(NEWEST)
+    self.check_layer(SAMPLED)
 
-  @parameterized.parameters(*sorted(TOPOLOGIES.keys() - {NEWEST}))
+  @parameterized.parameters(*sorted(TOPOLOGIES.keys() - {SAMPLED}))
   @pytest.mark.exhaustive
   def test_other_chips(self, kind):
     self.check_kernels(kind)

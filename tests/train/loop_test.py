@@ -217,7 +217,7 @@ class GuardTest(parameterized.TestCase):
     )
     self.assertEqual(checkpoints(self.workdir), ['24', '28'])
 
-  @pytest.mark.exhaustive
+  @pytest.mark.heavy
   def test_a_run_killed_after_a_rewind_meets_it_again_to_the_bit(self):
     """The bad batch is in the data: it comes again after a restart."""
     draw, bad = pipeline.BatchIterator.__next__, set()
