@@ -109,7 +109,7 @@ class MosaicGpuTest(parameterized.TestCase):
       mosaic_gpu.decode_experts, up_tiles=tiles, down_tiles=tiles, blocks=132
     )
     exported = hopper_cases.export(run, *args)
-    self.assertIn('mosaic_gpu', exported.mlir_module())
+    self.assertGreater(hopper_cases.kernels(exported), 0)
 
   @parameterized.parameters('mosaic_gpu', 'xla')
   def test_keeps_the_axes_over_which_operands_differ(self, impl):

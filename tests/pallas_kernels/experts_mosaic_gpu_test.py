@@ -203,7 +203,7 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
     exported = hopper_cases.export(
       call, *operands, shape(experts, dtype=jnp.int32)
     )
-    self.assertIn('mosaic_gpu', exported.mlir_module())
+    self.assertGreater(hopper_cases.kernels(exported), 0)
 
 
 class ResidualsTest(absltest.TestCase):

@@ -147,7 +147,7 @@ class MosaicGpuTest(parameterized.TestCase):
       jax.ShapeDtypeStruct((experts,), jnp.int32),
     )
     exported = hopper_cases.export(functools.partial(call, **options), *shapes)
-    self.assertIn('mosaic_gpu', exported.mlir_module())
+    self.assertGreater(hopper_cases.kernels(exported), 0)
 
   def test_keeps_the_axes_over_which_operands_differ(self):
     mesh = jax.make_mesh((1,), ('expert',))

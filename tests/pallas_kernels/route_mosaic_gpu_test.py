@@ -256,7 +256,7 @@ class LowerTest(parameterized.TestCase):
       jax.ShapeDtypeStruct((groups,), jnp.float32),
     )
     self.assertEqual(exported.out_avals[0].shape, (tokens, 3072))
-    self.assertIn('mosaic_gpu', exported.mlir_module())
+    self.assertGreater(hopper_cases.kernels(exported), 0)
 
   def test_keeps_the_axes_over_which_operands_differ(self):
     mesh = jax.make_mesh((1,), ('expert',))
