@@ -301,7 +301,7 @@ def main() -> None:
       'expert_parallel',
       jax.devices()[0].device_kind,
       rows,
-      command='python -m tests.bench.expert_parallel',
+      command=record.command('expert_parallel'),
       folder=flags.out,
     )
   print(path)

@@ -1,6 +1,6 @@
 """The whole expert layer at the shapes of M2, against peers.
 
-    python -m tests.bench.moe [--tokens T ...] [--out FOLDER]
+    python -m tests.bench.moe [--tokens T ...] [--routings R ...] [--out FOLDER]
 
 Needs one Hopper GPU and PyTorch; Liger's fused MoE and tokamax take part where
 they are installed. `forward` starts from given choices and weights: plan,
@@ -20,6 +20,7 @@ must move, each once, at the rate of a copy, both measured in the same run.
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import itertools
 import os
@@ -144,6 +145,8 @@ def tokamax_layer(x, index, weight, wi_0, wi_1, wo):
   """Tokamax's ragged product with plain glue around it."""
   import tokamax
 
+  # On the way it sets Triton's cache folder to '', which PyTorch cannot make.
+  os.environ.pop('TRITON_CACHE_DIR', None)
   order = jnp.argsort(index.reshape(-1), stable=True)
   sizes = jnp.bincount(index.reshape(-1), length=wi_0.shape[0])
   groups = tokamax.RaggedDotGroupSizes(sizes, index.size)
@@ -158,6 +161,15 @@ def tokamax_layer(x, index, weight, wi_0, wi_1, wo):
 LAYERS = {'mosaic_gpu': ours}
 if importlib.util.find_spec('tokamax'):
   LAYERS['tokamax'] = tokamax_layer
+
+
+def versions() -> dict[str, str]:
+  """Of the peers that take part where they are installed."""
+  return {
+    name: importlib.metadata.version(name)
+    for name in ('liger_kernel', 'tokamax')
+    if importlib.util.find_spec(name)
+  }
 
 
 def torch_layer(x, index, weight, w13, wo):
@@ -355,6 +367,7 @@ def main() -> None:
     default=[128, 1024, 4096, 8192, 16384, 32768],
   )
   parser.add_argument('--experts', type=int, nargs='*', default=[256, 32])
+  parser.add_argument('--routings', nargs='*', default=list(ROUTINGS))
   flags = parser.parse_args()
   refusal = mosaic_gpu.refusal(jnp.dtype('bfloat16'), (WIDE, HIDDEN))
   if refusal:
@@ -362,9 +375,9 @@ def main() -> None:
   rates = timing.denominators()
   print({name: f'{rate:.4g}' for name, rate in rates.items()}, flush=True)
   rows = [{'direction': name, 'rate': rate} for name, rate in rates.items()]
-  rows.append({'direction': 'peer', 'torch': torch.__version__})
+  rows.append({'direction': 'peer', 'torch': torch.__version__, **versions()})
   for tokens, experts in itertools.product(flags.tokens, flags.experts):
-    for routing in ROUTINGS:
+    for routing in flags.routings:
       rows += measure(Case(tokens, experts, routing), rates)
       torch.cuda.empty_cache()
     path = record.write(
