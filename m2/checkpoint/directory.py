@@ -169,7 +169,7 @@ def load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
   for name in items:
     if not (path / name).is_dir():
       raise CheckpointError(f'{path} holds no {name}/')
-  with quiet():
+  with quiet(), _alone():
     try:
       return ocp.load_checkpointables(path, items)
     except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -185,6 +185,21 @@ def load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
       traceback.clear_frames(error.__traceback__)
       gc.collect()  # abandoned coroutines complain here, not later
   raise CheckpointError(reason)
+
+
+def _alone() -> ocp.Context:
+  """Reading without the other processes, each its own part.
+
+  Orbax would have them wait for one that could not read, and for minutes.
+  """
+  own = jax.process_index()
+  return ocp.Context(
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=own,
+      active_processes={own},
+      barrier_sync_key_prefix=f'host{own}',
+    )
+  )
 
 
 @contextlib.contextmanager

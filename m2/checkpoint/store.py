@@ -161,8 +161,8 @@ class Store:
       data_iter: iterator to move to the saved position, or None.
       step: which one; None = the newest.
       on_corrupt: 'previous' tries older ones where the newest is broken, and
-        prints a line for each one it skips; 'error' does not, nor do several
-        processes, of which only some may find it broken.
+        prints a line for each one it skips; 'error' does not. Several
+        processes decide as one: what any of them finds broken is for all.
 
     Raises:
       CheckpointError: nothing there, or it is foreign, corrupt or of another
@@ -177,12 +177,6 @@ class Store:
       try:
         return _restore(path, abstract_state, data_iter)
       except CheckpointError as error:
-        if jax.process_count() > 1:  # others may have read theirs
-          error.add_note(
-            'several processes do not go back by themselves: move '
-            f'{path} elsewhere to go on from {candidate}'
-          )
-          raise
         hosts.say(f'checkpoint skipped: {error}')
         path = self.directory / str(candidate)
     return _restore(path, abstract_state, data_iter)
@@ -204,6 +198,30 @@ def _take_lock(path: pathlib.Path) -> Any:
 
 
 def _restore(path: pathlib.Path, abstract: Any, data_iter: Any) -> Restored:
+  read, failed = None, None
+  try:
+    read = _read(path, abstract, data_iter)
+  except CheckpointError as error:
+    failed = error
+  # Before the checksums, for which the devices of all hosts compute together.
+  others = hosts.troubles(str(failed) if failed else '')
+  if failed is not None:
+    raise failed
+  if others:
+    raise CheckpointError(f'{path}: {"; ".join(others)}')
+  meta, loaded = read
+  layout.check_loaded(path, meta['leaves'], loaded)
+  values = dict(layout.leaves(loaded))
+  state = jax.tree_util.tree_map_with_path(
+    lambda key, _: values[sharding.name_of(key)], abstract
+  )
+  return Restored(state, meta['step'], meta['extra'])
+
+
+def _read(
+  path: pathlib.Path, abstract: Any, data_iter: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What the checkpoint says of itself, and its arrays; moves the iterator."""
   meta = layout.read_meta(path)
   tree = layout.nested(abstract)
   layout.check_leaves(path, meta['leaves'], layout.describe(tree))
@@ -211,15 +229,9 @@ def _restore(path: pathlib.Path, abstract: Any, data_iter: Any) -> Restored:
   if tree:
     items['trainer'] = tree
   loaded = layout.load(path, items)
-  loaded = {'params': loaded['params']} | loaded.get('trainer', {})
-  layout.check_loaded(path, meta['leaves'], loaded)
   if data_iter is not None:
     layout.load(path, {'data': layout.Json(data_iter)})
-  values = dict(layout.leaves(loaded))
-  state = jax.tree_util.tree_map_with_path(
-    lambda key, _: values[sharding.name_of(key)], abstract
-  )
-  return Restored(state, meta['step'], meta['extra'])
+  return meta, {'params': loaded['params']} | loaded.get('trainer', {})
 
 
 def load_params(

@@ -200,7 +200,7 @@ class CheckpointConfig(base.Settings):
   every: int = 500  # steps
   keep: int = 2
   init_from: str = ''  # a workdir or Hugging Face directory: weights only
-  on_corrupt: str = 'error'  # error | previous: one process uses the last good
+  on_corrupt: str = 'error'  # error | previous: the last good one is used
 
   def _check(self) -> None:
     base.positive(self, 'every keep')

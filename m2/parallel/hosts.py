@@ -6,6 +6,7 @@ small texts for them (`post`, `posted`), which needs no devices and so works
 while a device hangs. Alone, a process needs none of this and all of it works.
 """
 
+import itertools
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ from jax._src import distributed  # the only way to the key-value store
 
 _FAILED = 'm2/failed'
 _MEETING_MS = 1_800_000  # the longest compilation, and more
+_places = itertools.count()  # where `troubles` was asked; the same on all hosts
 
 
 def join(
@@ -82,6 +84,29 @@ def meet(label: str) -> None:
   """
   if store := distributed.global_state.client:
     store.wait_at_barrier(f'm2/{label}', _MEETING_MS)
+
+
+def troubles(own: str) -> list[str]:
+  """What the other processes report at the same place; all wait for all.
+
+  Args:
+    own: what this one reports; '' = it has no trouble.
+
+  Returns:
+    Their texts, each behind the number of its process.
+  """
+  if jax.process_count() == 1:
+    return []
+  place = f'm2/troubles/{next(_places)}'
+  if own:
+    post(f'{place}/{jax.process_index()}', own)
+  meet(place.removeprefix('m2/'))
+  found = sorted(posted(place).items())
+  return [
+    f'host {index}: {text}'
+    for index, text in found
+    if index != str(jax.process_index())
+  ]
 
 
 def first[T](label: str, make: Callable[[], T]) -> T:

@@ -5,6 +5,8 @@ import json
 import pathlib
 import resource
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -17,6 +19,7 @@ from m2.model import params as model_params
 from m2.parallel import mesh as meshes
 from m2.train import optim
 from m2.train import state as train_state
+from tests.pods import pod
 from tests.train import small
 
 EXTRA = {'config': {'model': dataclasses.asdict(small.MODEL)}, 'note': 'ä'}
@@ -192,6 +195,30 @@ class CorruptTest(parameterized.TestCase):
     restored = self.restore(on_corrupt='previous')
     self.assertEqual(restored.step, 10)
     assert_same(self.state, restored.state)
+
+  def test_hosts_go_back_together(self):
+    """Also those that can read what another cannot."""
+    folder = self.create_tempdir().full_path
+    address = f'127.0.0.1:{pod.free_port()}'
+    command = [sys.executable, '-m', 'tests.checkpoint.two_hosts', folder]
+    runs = [
+      subprocess.Popen(
+        [*command, address, str(index)],
+        cwd=pod.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+      for index in range(2)
+    ]
+    for run in runs:
+      self.addCleanup(run.kill)
+    logs = [run.communicate(timeout=pod.LIMIT)[0] for run in runs]
+    for index, log in enumerate(logs):
+      self.assertRegex(log, r'checkpoint skipped: \S+/20')
+      self.assertIn('[20, 10, ', log)
+      self.assertIn(f'{folder}/20 is corrupt: params cannot be read', log)
+      self.assertEqual('host 1: ' in log, index == 0, log)
 
   def test_one_bit_of_a_value_is_found(self):
     """What Orbax itself does not see: a bit flipped inside the array data."""

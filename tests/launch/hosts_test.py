@@ -19,6 +19,7 @@ import pytest
 from absl.testing import absltest
 
 from m2.forge import pool as pools
+from tests.pods import pod
 
 pytestmark = pytest.mark.heavy
 
@@ -107,7 +108,7 @@ class HostsTest(absltest.TestCase):
     variables = {
       'PLATFORM': 'cpu',
       'TRAINER': '127.0.0.1',
-      'PORT': str(_free_port()),
+      'PORT': str(pod.free_port()),
       'RAY_AUTH_TOKEN': secrets.token_hex(32),
       'RAY_TMPDIR': '/tmp/m2-ray',  # sockets in it: a long path does not do
       # Agents wait so long for a head that went; by default a minute.
@@ -136,7 +137,7 @@ class HostsTest(absltest.TestCase):
       host.wait(timeout=180)
 
   def test_agents_with_another_token_are_kept_out(self):
-    port, token = str(_free_port()), secrets.token_hex(32)
+    port, token = str(pod.free_port()), secrets.token_hex(32)
     given = {'TRAINER': '127.0.0.1', 'PORT': port, 'PLATFORM': 'cpu'}
     head = self.start(
       sys.executable, '-m', 'ray.scripts.scripts', 'start', '--head', '--block',
@@ -172,12 +173,6 @@ def _end(process: subprocess.Popen) -> None:
   except ProcessLookupError:
     pass
   process.wait()
-
-
-def _free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    return probe.getsockname()[1]
 
 
 if __name__ == '__main__':

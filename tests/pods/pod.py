@@ -90,7 +90,7 @@ class Pod:
         'XLA_FLAGS': '--xla_backend_optimization_level=0',
       }
     )
-    address = f'127.0.0.1:{_free_port()}'
+    address = f'127.0.0.1:{free_port()}'
     self.processes, self._logs = [], []
     for index in range(processes):
       several = {
@@ -169,7 +169,8 @@ class Pod:
     return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+  """One that nobody listens on now."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     return probe.getsockname()[1]
