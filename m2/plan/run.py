@@ -90,7 +90,7 @@ def propose(
   def rates(mesh):
     return roofline.chip_rates(target, meshes.make_mesh(mesh, found))
 
-  if name in search.PARTS:
+  if name in search.UPDATES:
     candidates = search.search(config, target, rates, name)
   else:
     candidates = search.serving(config, target, rates)

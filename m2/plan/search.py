@@ -69,8 +69,48 @@ UPDATING = (
   'model.remat',
   'optim.moment',
 )
-# The leaf that says how much is computed at once.
-PARTS = {'train': 'optim.accumulate', 'rl': 'forge.lines'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """One way to update weights, as the search sees it.
+
+  Attributes:
+    leaf: the setting that says how much is computed at once.
+    rows: of a call and their length, from a run's settings.
+    value: of `leaf`, from the rows and in how many parts they are computed.
+    parts: of a call, from a run's settings.
+    memory: the estimate.
+    messages: what is expected of the collectives.
+  """
+
+  leaf: str
+  rows: Callable[[settings.RunConfig], tuple[int, int]]
+  value: Callable[[int, int], int]
+  parts: Callable[[settings.RunConfig], int]
+  memory: Callable[..., memory.Memory]
+  messages: Callable[[counts.Work], Sequence[counts.Expected]]
+
+
+UPDATES = {
+  'train': Update(
+    leaf='optim.accumulate',
+    rows=lambda config: (config.data.batch, config.data.length),
+    value=lambda rows, parts: parts,
+    parts=lambda config: config.optim.accumulate,
+    memory=memory.estimate,
+    messages=counts.train,
+  ),
+  # A call computes `forge.lines` lines; an update is as many calls as it takes.
+  'rl': Update(
+    leaf='forge.lines',
+    rows=lambda config: (config.forge.lines, config.forge.row_tokens),
+    value=lambda rows, parts: rows // parts,
+    parts=lambda config: 1,
+    memory=memory.estimate_rl,
+    messages=counts.rl,
+  ),
+}
 SERVING = (
   'plan.rollout_expert',
   'plan.rollout_tensor',
@@ -98,38 +138,30 @@ def search(
     fill: share of a device's memory that the estimate may take.
   """
   limit = fill * target.chip.device_hbm
-  estimate = {'train': memory.estimate, 'rl': memory.estimate_rl}[program]
-  found = []
+  update, found = UPDATES[program], []
   for sizes in factorisations(config, target, program):
     links = None
     for one in variants(config, sizes, program):
       try:
-        held = estimate(one, sizes, target.chip.kind)
+        held = update.memory(one, sizes, target.chip.kind)
       except ValueError:
         break  # a dimension does not divide: no variant of this mesh will do
       if held.peak > limit:
         continue
       links = links or rates(one.mesh)
-      found.append(_ranked(one, sizes, held, target, links, program))
+      found.append(_ranked(one, sizes, held, target, links, update))
 
   def key(one: Candidate):
-    return one.apart / math.prod(_rows(one.config, program)), one.memory.peak
+    return one.apart / math.prod(update.rows(one.config)), one.memory.peak
 
   return sorted(found, key=key)
-
-
-def _rows(config: settings.RunConfig, program: str) -> tuple[int, int]:
-  """Rows of one call, and their length."""
-  if program == 'rl':
-    return config.forge.lines, config.forge.row_tokens
-  return config.data.batch, config.data.length
 
 
 def factorisations(
   config: settings.RunConfig, target: chips.Topology, program: str = 'train'
 ) -> Iterator[dict[str, int]]:
   """Axis sizes that multiply to the devices and divide what they split."""
-  model, (batch, length) = config.model, _rows(config, program)
+  model, (batch, length) = config.model, UPDATES[program].rows(config)
   powers = [n for n in range(1, target.count + 1) if target.count % n == 0]
   # A run that generates, too, keeps rows whole (`RunConfig` refuses others).
   contexts = [1] if config.engine else powers
@@ -156,8 +188,9 @@ def variants(
 ) -> Iterator[settings.RunConfig]:
   """What may change on one mesh: the cheapest in time first."""
   ways = sizes['data'] * sizes['fsdp'] * sizes['expert']
-  rows, _ = _rows(config, program)
-  section, leaf = PARTS[program].split('.')
+  update = UPDATES[program]
+  rows, _ = update.rows(config)
+  section, leaf = update.leaf.split('.')
   for moment, remat, parts in itertools.product(MOMENTS, REMAT, ACCUMULATE):
     if rows % (ways * parts):
       continue
@@ -167,28 +200,25 @@ def variants(
       model=dataclasses.replace(config.model, remat=remat),
       optim=dataclasses.replace(config.optim, moment=moment),
     )
-    # Microbatches of training are counted, those of RL are so many lines.
-    value = rows // parts if program == 'rl' else parts
+    value = update.value(rows, parts)
     changed = dataclasses.replace(getattr(one, section), **{leaf: value})
     yield dataclasses.replace(one, **{section: changed})
 
 
-def _ranked(config, sizes, held, target, rates, program) -> Candidate:
-  rows, length = _rows(config, program)
-  parts = 1 if program == 'rl' else config.optim.accumulate
+def _ranked(config, sizes, held, target, rates, update) -> Candidate:
+  (rows, length), parts = update.rows(config), update.parts(config)
   work = counts.Work(
     config.model, sizes, rows // parts, length, parts, target.chip.kind
   )
-  expected = {'train': counts.train, 'rl': counts.rl}[program](work)
   one = flops.per_token(config.model, length, training=True)
   passes = one.passes * rows * length
   bound = roofline.Bound(
     compute=passes / (target.chip.bf16 * target.chips),
     memory=3 * held.peak / (target.chip.hbm_rate / target.chip.devices),
-    links=roofline.links(_as_found(work, expected), rates),
+    links=roofline.links(_as_found(work, update.messages(work)), rates),
   )
   apart = bound.compute + sum(bound.links.values())
-  changed = *UPDATING, PARTS[program]
+  changed = *UPDATING, update.leaf
   return Candidate(config, changed, held, bound.step, bound.by, apart)
 
 
