@@ -96,6 +96,7 @@ class ForgeConfig(base.Settings):
   row_tokens: int = 2048  # tokens per packed line
   lines: int = 8  # packed lines computed at once
   chunk: int = 1024  # tokens whose logits exist at once
+  bad_batches: int = 0  # left out for numbers not finite; one more ends the run
   replay: bool = False  # train under the experts that the rollout chose
   alpha: float = 0.1  # weight of the process reward
   beta: float = 0.0  # weight of the completion-time reward
@@ -106,6 +107,10 @@ class ForgeConfig(base.Settings):
     base.positive(self, 'groups group_size in_flight window row_tokens')
     base.positive(self, 'lines chunk')
     base.positive(self, 'clip_high target_seconds')
+    base.require(
+      self.bad_batches >= 0,
+      f'forge.bad_batches={self.bad_batches} must not be negative',
+    )
     base.choice(self, 'forge', 'baseline', ('group', 'leave_one_out'))
     base.choice(self, 'forge', 'runner', ('asyncio', 'ray'))
     base.require(

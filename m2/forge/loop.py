@@ -9,7 +9,9 @@ is older, never by more than the window's bound.
 
 A checkpoint holds model, optimiser and window of one moment. Started again, a
 run trains on every prompt exactly once: groups that were finished are read from
-the pool, groups that were in flight are played again from their start.
+the pool, groups that were in flight are played again from their start. So a
+batch that makes a loss or gradient not finite would come again, too: the first
+`forge.bad_batches` of those are left out, with nothing updated.
 """
 
 import contextlib
@@ -56,8 +58,8 @@ def run(
 
   Raises:
     ValueError: settings that cannot work; before anything is compiled.
-    m2.train.journal.TrainingError: a loss or gradient is not finite; the
-      checkpoints are sound.
+    m2.train.journal.TrainingError: a loss or gradient is not finite, more
+      often than `forge.bad_batches`; the checkpoints are sound.
     m2.checkpoint.store.CheckpointError: a checkpoint cannot be read or written.
     m2.train.signals.Stopped: a signal asked for it; the last step is saved.
   """
@@ -78,7 +80,7 @@ def run(
     batches = iter(dataset.RolloutDataset(rollouts, scene, forge))
     optimizer = optim.make(config.optim, config.steps)
     note = resume.note(config, tokenizer)
-    state, start, _ = resume.begin(
+    state, start, kept = resume.begin(
       config, mesh, optimizer, checkpoints, batches, note
     )
     if start >= config.steps:
@@ -96,8 +98,9 @@ def run(
     playing = _players(config, cast, gateway, scene, stack)
     scene.start(rollouts.keep_running(*playing))
 
-    def save(state: train_state.TrainState, done: int) -> None:
-      checkpoints.save(state, batches, step=done, extra=note)
+    def save(state: train_state.TrainState, done: int, left_out: int) -> None:
+      extra = note | {'left_out': left_out}
+      checkpoints.save(state, batches, step=done, extra=extra)
       if asked.raised and done < config.steps:
         checkpoints.wait()
         raise asked.stopped(done)
@@ -115,6 +118,7 @@ def run(
         journal,
         asked,
         save,
+        kept.get('left_out', 0),
       )
 
 
@@ -191,7 +195,16 @@ def check(config: settings.RunConfig) -> None:
 
 
 def _train(
-  config, optimizer, batches, state, engine, rollouts, journal, asked, save
+  config,
+  optimizer,
+  batches,
+  state,
+  engine,
+  rollouts,
+  journal,
+  asked,
+  save,
+  left_out,
 ):
   """The loop itself: batch, update, sync, checkpoint."""
   update = jax.jit(
@@ -200,7 +213,8 @@ def _train(
     ),
     donate_argnums=0,
   )
-  for done in range(int(state.step) + 1, config.steps + 1):
+  done, most = int(state.step) + 1, config.forge.bad_batches
+  while done <= config.steps:
     times = [time.monotonic()]
     batch = next(batches)
     times.append(time.monotonic())
@@ -215,18 +229,38 @@ def _train(
       values.pop('introspection', None)
     times.append(time.monotonic())
     if values['bad']:
-      raise train_journal.TrainingError(
-        f'step {done} is not finite: loss {float(values["loss"])}, gradient '
-        f'norm {float(values["grad_norm"])}. Nothing was updated; a lower '
-        'optim.lr may help, and metrics.jsonl shows how it came'
-      )
+      left_out += 1
+      _leave_out(done, values, left_out, most)
+      rollouts.free()
+      continue
     sync.to_engine(state.params, engine, done)
     rollouts.free()
     times.append(time.monotonic())
     spans = [after - before for before, after in zip(times, times[1:])]
     named = dict(zip(('rollout', 'train', 'sync'), spans))
-    journal.write(done, batch.report, values, named)
+    report = batch.report | {'optim/left_out': left_out}
+    journal.write(done, report, values, named)
     due = done % config.checkpoint.every == 0 or done == config.steps
     if due or asked.raised:
-      save(state, done)
+      save(state, done, left_out)
+    done += 1
   return state
+
+
+def _leave_out(step: int, values: dict, left_out: int, most: int) -> None:
+  """Says that a batch is left out; an error if it is one too many."""
+  what = (
+    f'step {step} is not finite: loss {float(values["loss"])}, gradient norm '
+    f'{float(values["grad_norm"])}'
+  )
+  if left_out > most:
+    raise train_journal.TrainingError(
+      f'{what}. Nothing was updated; a lower optim.lr may help, and '
+      'metrics.jsonl shows how it came. Started again the run meets the same '
+      f'batch: forge.bad_batches={left_out} leaves it out'
+    )
+  print(
+    f'{what}; its groups are left out, {left_out} of {most} '
+    '(forge.bad_batches)',
+    flush=True,
+  )

@@ -1,5 +1,6 @@
 """The RL loop on a toy task: it learns, stays exact, and resumes cleanly."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,10 +14,10 @@ from absl.testing import absltest, parameterized
 from m2 import config, types
 from m2.checkpoint import store
 from m2.data import tokenizer
-from m2.forge import loop, rollout
+from m2.forge import dataset, loop, rollout
 from m2.model import params as model_params
 from m2.parallel import mesh as meshes
-from m2.train import optim, signals
+from m2.train import journal, optim, signals
 from m2.train import state as train_state
 
 # Rollout against trainer, CPU float32 (issue 2).
@@ -213,6 +214,38 @@ class LoopTest(parameterized.TestCase):
     for row in rows:  # what is fresh agrees with the trainer here, too
       self.assertLess(row['mismatch/max'], MISMATCH)
     self.assertGreaterEqual(sum(row['env/dropped'] for row in rows), 1)
+
+  def test_a_bad_batch_is_met_again_until_it_is_left_out(self):
+    forge = {'groups': 2, 'in_flight': 2, 'group_size': 4}
+    given = {'steps': 3, 'checkpoint': {'every': 1}}
+    draw = dataset.RolloutIterator.__next__
+
+    def poisoned(batches):
+      batch = draw(batches)
+      if {_index(id) for id in self.taken[-1]} != {2, 3}:
+        return batch
+      tree = batch.tree.replace(
+        advantage_Z=batch.tree.advantage_Z * float('nan')
+      )
+      return dataclasses.replace(batch, tree=tree)
+
+    with mock.patch.object(dataset.RolloutIterator, '__next__', poisoned):
+      for _ in range(2):
+        cfg = settings(str(self.start), forge=forge, **given)
+        with self.assertRaisesRegex(
+          journal.TrainingError, 'step 2 is not finite.* forge.bad_batches=1'
+        ):
+          self.run_loop(cfg)
+      forge['bad_batches'] = 1
+      cfg = settings(str(self.start), forge=forge, **given)
+      state, rows = self.run_loop(cfg)
+    self.assertEqual(int(state.step), 3)
+    self.assertEqual([row['step'] for row in rows], [1, 2, 3])
+    self.assertEqual([row['optim/left_out'] for row in rows], [0, 1, 1])
+    trained = [sorted(map(_index, ids)) for ids in self.taken]
+    self.assertEqual(trained, [[2, 3], [4, 5], [6, 7]])
+    meta = store.read_meta(store.newest(self.root / 'rl'))
+    self.assertEqual(meta['extra']['left_out'], 1)
 
   @pytest.mark.heavy
   def test_asked_to_stop_it_saves_after_the_step(self):
