@@ -21,14 +21,15 @@ import pathlib
 import sys
 import traceback
 import warnings
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from orbax.checkpoint._src.futures import synchronization  # the only way to it
 
 from m2.checkpoint import fingerprint
-from m2.parallel import sharding
+from m2.parallel import hosts, sharding
 
 FORMAT = 'm2-jax checkpoint 2'
 _WHOLE = 'value'  # file of a value that is not split
@@ -192,14 +193,52 @@ def _alone() -> ocp.Context:
 
   Orbax would have them wait for one that could not read, and for minutes.
   """
-  own = jax.process_index()
-  return ocp.Context(
-    multiprocessing_options=ocp.options.MultiprocessingOptions(
-      primary_host=own,
-      active_processes={own},
-      barrier_sync_key_prefix=f'host{own}',
-    )
-  )
+  context, own = ocp.Context(), jax.process_index()
+  context.multiprocessing.primary_host = own
+  context.multiprocessing.active_processes = {own}
+  context.multiprocessing.barrier_sync_key_prefix = f'host{own}'
+  return context
+
+
+def together[T](path: pathlib.Path, read: Callable[[], T]) -> T:
+  """What `read` gives of `path`, unless it fails on some host.
+
+  All hosts must call it at the same place.
+
+  Args:
+    path: of the checkpoint, for the error.
+    read: calls `load`.
+
+  Raises:
+    CheckpointError: it failed here or elsewhere; on all hosts.
+  """
+  found, trouble = None, ''
+  try:
+    found = read()
+  except CheckpointError as error:
+    trouble = str(error)
+    traceback.clear_frames(error.__traceback__)  # they may hold arrays
+  said = [
+    json.loads(text)
+    for text in hosts.exchange(json.dumps([trouble, _operations()]))
+  ]
+  # Orbax names the meetings of a save by how many operations there were, and
+  # whoever failed has begun fewer.
+  while _operations() < max(count for _, count in said):
+    synchronization.OperationIdGenerator.next_operation_id()
+  if trouble:
+    raise CheckpointError(trouble)
+  others = [
+    f'host {host}: {text}' for host, (text, _) in enumerate(said) if text
+  ]
+  if others:
+    del found
+    raise CheckpointError(f'{path}: {"; ".join(others)}')
+  return found
+
+
+def _operations() -> int:
+  return int(synchronization.OperationIdGenerator.get_current_operation_id())
 
 
 @contextlib.contextmanager

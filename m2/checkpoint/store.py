@@ -198,18 +198,7 @@ def _take_lock(path: pathlib.Path) -> Any:
 
 
 def _restore(path: pathlib.Path, abstract: Any, data_iter: Any) -> Restored:
-  read, failed = None, None
-  try:
-    read = _read(path, abstract, data_iter)
-  except CheckpointError as error:
-    failed = error
-  # Before the checksums, for which the devices of all hosts compute together.
-  others = hosts.troubles(str(failed) if failed else '')
-  if failed is not None:
-    raise failed
-  if others:
-    raise CheckpointError(f'{path}: {"; ".join(others)}')
-  meta, loaded = read
+  meta, loaded = layout.together(path, lambda: _read(path, abstract, data_iter))
   layout.check_loaded(path, meta['leaves'], loaded)
   values = dict(layout.leaves(loaded))
   state = jax.tree_util.tree_map_with_path(
@@ -270,6 +259,17 @@ def load_params(
     found = dataclasses.replace(cfg, mtp_modules=modules)
     return _fit_modules(cfg, mesh, modules, hf.load(path, found, mesh))
   path = layout.newest(path)
+  saved, wanted, loaded = layout.together(
+    path, lambda: _read_params(path, cfg, mesh)
+  )
+  layout.check_loaded(path, saved, loaded)
+  params = jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, wanted)
+  modules = params['params'].get('mtp', {'norm': ()})['norm']
+  return _fit_modules(cfg, mesh, len(modules), params['params'])
+
+
+def _read_params(path: pathlib.Path, cfg, mesh) -> tuple[dict, dict, dict]:
+  """What was saved of the parameters, what is wanted, and the arrays."""
   meta = layout.read_meta(path)
   _check_meaning(path, cfg, meta['extra'])
   saved = layout.of_params(meta)
@@ -281,10 +281,7 @@ def load_params(
     lambda key, leaf: _as_saved(leaf, saved.get(sharding.name_of(key))), wanted
   )
   layout.check_leaves(path, saved, layout.describe(stored))
-  loaded = layout.load(path, stored)
-  layout.check_loaded(path, saved, loaded)
-  params = jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, wanted)
-  return _fit_modules(cfg, mesh, modules, params['params'])
+  return saved, wanted, layout.load(path, stored)
 
 
 def _as_saved(leaf: jax.ShapeDtypeStruct, saved: dict | None) -> Any:

@@ -8,21 +8,25 @@ meanwhile and go on under the new weights. With `forge.in_flight` equal to
 is older, never by more than the window's bound.
 
 A checkpoint holds model, optimiser and window of one moment. Started again, a
-run trains on every prompt exactly once: groups that were finished are read from
-the pool, groups that were in flight are played again from their start. So a
-batch that makes a loss or gradient not finite would come again, too: the first
+run takes every prompt exactly once: groups that were finished are read from the
+pool, groups that were in flight are played again from their start. So a batch
+that makes a loss or gradient not finite can come again for ever: the first
 `forge.bad_batches` of those are left out, with nothing updated.
 """
 
+import collections
 import contextlib
 import functools
 import importlib.util
 import math
 import pathlib
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from m2 import config as settings
 from m2.checkpoint import store
@@ -108,18 +112,23 @@ def run(
     with journals.Journal(
       config, workdir, start, engine, gateway, rollouts
     ) as journal:
-      return _train(
-        config,
-        optimizer,
-        batches,
-        state,
-        engine,
-        rollouts,
-        journal,
-        asked,
-        save,
-        kept.get('left_out', 0),
+      parts = _Run(
+        config, optimizer, batches, engine, rollouts, journal, asked, save
       )
+      return _train(parts, state, kept.get('left_out', 0))
+
+
+class _Run(NamedTuple):
+  """What the loop works with, from `run`."""
+
+  config: settings.RunConfig
+  optimizer: optax.GradientTransformation
+  batches: dataset.RolloutIterator
+  engine: engines.Engine
+  rollouts: rollout.Rollouts
+  journal: journals.Journal
+  asked: signals.Signals
+  save: Callable[[train_state.TrainState, int, int], None]
 
 
 def _mesh(config: settings.RunConfig) -> jax.sharding.Mesh:
@@ -195,29 +204,22 @@ def check(config: settings.RunConfig) -> None:
 
 
 def _train(
-  config,
-  optimizer,
-  batches,
-  state,
-  engine,
-  rollouts,
-  journal,
-  asked,
-  save,
-  left_out,
-):
+  run: _Run, state: train_state.TrainState, left_out: int
+) -> train_state.TrainState:
   """The loop itself: batch, update, sync, checkpoint."""
+  config, rollouts = run.config, run.rollouts
   update = jax.jit(
     functools.partial(
-      step.rl_step, model=config.model, optimizer=optimizer, cfg=config
+      step.rl_step, model=config.model, optimizer=run.optimizer, cfg=config
     ),
     donate_argnums=0,
   )
   done, most = int(state.step) + 1, config.forge.bad_batches
+  spent = collections.Counter()  # seconds since the last line of the journal
   while done <= config.steps:
-    times = [time.monotonic()]
-    batch = next(batches)
-    times.append(time.monotonic())
+    begun = time.monotonic()
+    batch = next(run.batches)
+    drawn = time.monotonic()
     inspects = train_loop.inspects(config, done - 1)
     state, values = update(
       state,
@@ -227,22 +229,24 @@ def _train(
     values = jax.device_get(values)
     if not inspects:
       values.pop('introspection', None)
-    times.append(time.monotonic())
+    trained = time.monotonic()
+    spent.update(rollout=drawn - begun, train=trained - drawn)
     if values['bad']:
       left_out += 1
       _leave_out(done, values, left_out, most)
       rollouts.free()
+      if run.asked.raised:
+        run.save(state, done - 1, left_out)
       continue
-    sync.to_engine(state.params, engine, done)
+    sync.to_engine(state.params, run.engine, done)
     rollouts.free()
-    times.append(time.monotonic())
-    spans = [after - before for before, after in zip(times, times[1:])]
-    named = dict(zip(('rollout', 'train', 'sync'), spans))
+    spent.update(sync=time.monotonic() - trained)
     report = batch.report | {'optim/left_out': left_out}
-    journal.write(done, report, values, named)
+    run.journal.write(done, report, values, dict(spent))
+    spent.clear()
     due = done % config.checkpoint.every == 0 or done == config.steps
-    if due or asked.raised:
-      save(state, done, left_out)
+    if due or run.asked.raised:
+      run.save(state, done, left_out)
     done += 1
   return state
 
@@ -256,8 +260,8 @@ def _leave_out(step: int, values: dict, left_out: int, most: int) -> None:
   if left_out > most:
     raise train_journal.TrainingError(
       f'{what}. Nothing was updated; a lower optim.lr may help, and '
-      'metrics.jsonl shows how it came. Started again the run meets the same '
-      f'batch: forge.bad_batches={left_out} leaves it out'
+      'metrics.jsonl shows how it came. Started again the run may meet the '
+      f'same batch: forge.bad_batches={left_out} leaves it out'
     )
   print(
     f'{what}; its groups are left out, {left_out} of {most} '

@@ -127,7 +127,7 @@ class Rollouts:
     return taken
 
   def free(self) -> None:
-    """The taken groups' weights are in the engine: their slots are free."""
+    """The taken groups are trained on, or left out: their slots are free."""
     self.window.free()
     self._changed.set()
 

@@ -5,10 +5,10 @@ only finished groups with an index in [head, head + W) may be taken, however
 many later ones are done. W = 1 is strict FIFO, W = N is greedy.
 
 A slot is occupied from `submit` until `free` (or `drop`). The loop frees slots
-once the weights trained on the taken groups are in the engine, so a new group
-never starts on weights that are already known to be replaced. With at most N
-occupied slots this bounds, in groups taken between a group's submission and its
-own turn,
+once the weights trained on the taken groups are in the engine, or the groups
+are left out, so a new group never starts on weights that are already known to
+be replaced. With at most N occupied slots this bounds, in groups taken between
+a group's submission and its own turn,
 
   lag  <= N + W - 2     (N - 1 older ones, W - 1 younger ones)
   slip <= W - 1         (younger groups taken before it)
@@ -79,7 +79,7 @@ class WindowedFifo:
     return taken
 
   def free(self) -> None:
-    """Frees the slots of all taken groups: their weights are in the engine."""
+    """Frees the slots of all taken groups, which are trained on or left out."""
     self._taken.clear()
 
   @property

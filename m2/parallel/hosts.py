@@ -19,7 +19,7 @@ from jax._src import distributed  # the only way to the key-value store
 
 _FAILED = 'm2/failed'
 _MEETING_MS = 1_800_000  # the longest compilation, and more
-_places = itertools.count()  # where `troubles` was asked; the same on all hosts
+_exchanges = itertools.count()  # the same on all hosts
 
 
 def join(
@@ -86,27 +86,15 @@ def meet(label: str) -> None:
     store.wait_at_barrier(f'm2/{label}', _MEETING_MS)
 
 
-def troubles(own: str) -> list[str]:
-  """What the other processes report at the same place; all wait for all.
-
-  Args:
-    own: what this one reports; '' = it has no trouble.
-
-  Returns:
-    Their texts, each behind the number of its process.
-  """
+def exchange(text: str) -> list[str]:
+  """What every process says at the same place, by its number; all wait."""
   if jax.process_count() == 1:
-    return []
-  place = f'm2/troubles/{next(_places)}'
-  if own:
-    post(f'{place}/{jax.process_index()}', own)
-  meet(place.removeprefix('m2/'))
-  found = sorted(posted(place).items())
-  return [
-    f'host {index}: {text}'
-    for index, text in found
-    if index != str(jax.process_index())
-  ]
+    return [text]
+  label = f'exchange/{next(_exchanges)}'
+  post(f'm2/{label}/{jax.process_index()}', text)
+  meet(label)
+  said = posted(f'm2/{label}')
+  return [said[str(index)] for index in range(jax.process_count())]
 
 
 def first[T](label: str, make: Callable[[], T]) -> T:

@@ -64,7 +64,7 @@ class Candidate:
     return ' '.join(words)
 
 
-UPDATING = (
+CHANGED = (
   *(f'mesh.{axis}' for axis in meshes.AXES),
   'model.remat',
   'optim.moment',
@@ -77,7 +77,7 @@ class Update:
 
   Attributes:
     leaf: the setting that says how much is computed at once.
-    rows: of a call and their length, from a run's settings.
+    shape: rows of a call and their length, from a run's settings.
     value: of `leaf`, from the rows and in how many parts they are computed.
     parts: of a call, from a run's settings.
     memory: the estimate.
@@ -85,7 +85,7 @@ class Update:
   """
 
   leaf: str
-  rows: Callable[[settings.RunConfig], tuple[int, int]]
+  shape: Callable[[settings.RunConfig], tuple[int, int]]
   value: Callable[[int, int], int]
   parts: Callable[[settings.RunConfig], int]
   memory: Callable[..., memory.Memory]
@@ -95,7 +95,7 @@ class Update:
 UPDATES = {
   'train': Update(
     leaf='optim.accumulate',
-    rows=lambda config: (config.data.batch, config.data.length),
+    shape=lambda config: (config.data.batch, config.data.length),
     value=lambda rows, parts: parts,
     parts=lambda config: config.optim.accumulate,
     memory=memory.estimate,
@@ -104,7 +104,7 @@ UPDATES = {
   # A call computes `forge.lines` lines; an update is as many calls as it takes.
   'rl': Update(
     leaf='forge.lines',
-    rows=lambda config: (config.forge.lines, config.forge.row_tokens),
+    shape=lambda config: (config.forge.lines, config.forge.row_tokens),
     value=lambda rows, parts: rows // parts,
     parts=lambda config: 1,
     memory=memory.estimate_rl,
@@ -152,7 +152,7 @@ def search(
       found.append(_ranked(one, sizes, held, target, links, update))
 
   def key(one: Candidate):
-    return one.apart / math.prod(update.rows(one.config)), one.memory.peak
+    return one.apart / math.prod(update.shape(one.config)), one.memory.peak
 
   return sorted(found, key=key)
 
@@ -161,7 +161,7 @@ def factorisations(
   config: settings.RunConfig, target: chips.Topology, program: str = 'train'
 ) -> Iterator[dict[str, int]]:
   """Axis sizes that multiply to the devices and divide what they split."""
-  model, (batch, length) = config.model, UPDATES[program].rows(config)
+  model, (batch, length) = config.model, UPDATES[program].shape(config)
   powers = [n for n in range(1, target.count + 1) if target.count % n == 0]
   # A run that generates, too, keeps rows whole (`RunConfig` refuses others).
   contexts = [1] if config.engine else powers
@@ -189,7 +189,7 @@ def variants(
   """What may change on one mesh: the cheapest in time first."""
   ways = sizes['data'] * sizes['fsdp'] * sizes['expert']
   update = UPDATES[program]
-  rows, _ = update.rows(config)
+  rows, _ = update.shape(config)
   section, leaf = update.leaf.split('.')
   for moment, remat, parts in itertools.product(MOMENTS, REMAT, ACCUMULATE):
     if rows % (ways * parts):
@@ -206,7 +206,7 @@ def variants(
 
 
 def _ranked(config, sizes, held, target, rates, update) -> Candidate:
-  (rows, length), parts = update.rows(config), update.parts(config)
+  (rows, length), parts = update.shape(config), update.parts(config)
   work = counts.Work(
     config.model, sizes, rows // parts, length, parts, target.chip.kind
   )
@@ -218,7 +218,7 @@ def _ranked(config, sizes, held, target, rates, update) -> Candidate:
     links=roofline.links(_as_found(work, update.messages(work)), rates),
   )
   apart = bound.compute + sum(bound.links.values())
-  changed = *UPDATING, update.leaf
+  changed = *CHANGED, update.leaf
   return Candidate(config, changed, held, bound.step, bound.by, apart)
 
 

@@ -1,7 +1,7 @@
 """One of two hosts that read a checkpoint, in a process of its own.
 
 Arguments: the folder, the coordinator's address and the host's number. Each
-prints what it read where host 1 cannot read the newest one.
+prints what it read where host 1 cannot read the newest one, and saves again.
 """
 
 import pathlib
@@ -14,15 +14,29 @@ import jax.numpy as jnp
 from m2.checkpoint import directory, store
 from m2.parallel import hosts
 
+LOST = {'20'}  # steps whose parameters host 1 cannot read
+
 
 def broken(path, items):
-  """Stands for a file that this host's disk does not give."""
-  if path.name == '20' and 'params' in items:
+  """Stands for a disk that does not give a file."""
+  if path.name in LOST and 'params' in items:
     raise store.CheckpointError(f'{path} is corrupt: params cannot be read')
   return load(path, items)
 
 
 load = directory.load
+
+
+class Data:
+  """Stands for a data iterator."""
+
+  at = 0
+
+  def get_state(self) -> dict[str, int]:
+    return {'at': self.at}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self.at = state['at']
 
 
 def main(folder: pathlib.Path, address: str, index: int) -> None:
@@ -33,14 +47,27 @@ def main(folder: pathlib.Path, address: str, index: int) -> None:
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), state
   )
+  data, found = Data(), []
   with store.Store(folder, keep=2) as checkpoints:
-    for step in 10, 20:
-      checkpoints.save(state, None, step=step, extra={}, asynchronous=False)
-    found = [checkpoints.restore(abstract, None).step]
+
+    def save(step):
+      data.at = step
+      checkpoints.save(state, data, step=step, extra={}, asynchronous=False)
+
+    def restore(on_corrupt):
+      step = checkpoints.restore(abstract, data, None, on_corrupt).step
+      found.append((step, data.at))
+
+    save(10)
+    save(20)
+    restore('error')
     with mock.patch.object(directory, 'load', broken if index else load):
-      found.append(checkpoints.restore(abstract, None, None, 'previous').step)
+      restore('previous')
+      save(30)  # its place among Orbax's operations is the same on both
+      restore('error')
+      LOST.add('30')
       try:
-        checkpoints.restore(abstract, None)
+        restore('error')
       except store.CheckpointError as error:
         found.append(str(error))
   print(found, flush=True)
