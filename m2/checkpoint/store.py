@@ -8,6 +8,7 @@ complete, so a kill at any moment leaves either the whole checkpoint or none.
 import contextlib
 import dataclasses
 import fcntl
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -75,6 +76,10 @@ class Store:
   def steps(self) -> list[int]:
     """Steps with a complete checkpoint on disk, oldest first."""
     return layout.steps_in(self.directory)
+
+  def agreed_steps(self) -> list[int]:
+    """The same as process 0 sees it; all processes must ask."""
+    return json.loads(hosts.exchange(json.dumps(self.steps()))[0])
 
   def save(
     self,
@@ -168,7 +173,7 @@ class Store:
       CheckpointError: nothing there, or it is foreign, corrupt or of another
         model; names the directory and the reason.
     """
-    steps = self.steps()[::-1] if step is None else [step]
+    steps = self.agreed_steps()[::-1] if step is None else [step]
     if not steps:
       raise CheckpointError(f'{self.directory} has no checkpoint')
     older = steps[1:] if on_corrupt == 'previous' else []

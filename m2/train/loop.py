@@ -174,7 +174,7 @@ def _rewind(run: _Run, error: journal.TrainingError) -> train_state.TrainState:
     TrainingError: `error`, where the guard says so.
   """
   run.checkpoints.wait()
-  step = run.guard.rewind(error, run.checkpoints.steps())
+  step = run.guard.rewind(error, run.checkpoints.agreed_steps())
   # Its frames hold the newest state: two would not fit the devices.
   traceback.clear_frames(error.__traceback__)
   abstract = train_state.abstract(run.config.model, run.mesh, run.optimizer)

@@ -74,7 +74,7 @@ def begin(
       start from belong to another tokenizer.
   """
   on_corrupt = config.checkpoint.on_corrupt
-  if checkpoints.steps():
+  if checkpoints.agreed_steps():
     abstract = train_state.abstract(config.model, mesh, optimizer)
     restored = checkpoints.restore(abstract, batches, on_corrupt=on_corrupt)
     for line in changes(restored.extra, run_note, str(checkpoints.directory)):
