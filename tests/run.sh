@@ -8,7 +8,8 @@
 # that are not here (libtpu in a folder of its own, .tpu), headless Chromium, Ray.
 # --exhaustive adds all cases of what --all samples (every way to cut eight
 # devices, every kernel on every TPU, 10,000 tasks, more kills) and what takes
-# minutes and seldom breaks: memory and files at full scale. What they need and cannot get is an error, never a skipped test.
+# minutes and seldom breaks: memory and files at full scale. What they need and
+# cannot get is an error, never a skipped test.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -269,8 +269,12 @@ def load_params(
   )
   layout.check_loaded(path, saved, loaded)
   params = jax.tree.map(lambda x, to: x.astype(to.dtype), loaded, wanted)
-  modules = params['params'].get('mtp', {'norm': ()})['norm']
-  return _fit_modules(cfg, mesh, len(modules), params['params'])
+  return _fit_modules(cfg, mesh, _modules(saved), params['params'])
+
+
+def _modules(saved: dict[str, dict]) -> int:
+  """MTP modules of a checkpoint, from what it says of its parameters."""
+  return saved.get('params/mtp/norm', {'shape': [0]})['shape'][0]
 
 
 def _read_params(path: pathlib.Path, cfg, mesh) -> tuple[dict, dict, dict]:
@@ -278,10 +282,8 @@ def _read_params(path: pathlib.Path, cfg, mesh) -> tuple[dict, dict, dict]:
   meta = layout.read_meta(path)
   _check_meaning(path, cfg, meta['extra'])
   saved = layout.of_params(meta)
-  modules = saved.get('params/mtp/norm', {'shape': [0]})['shape'][0]
-  wanted = {
-    'params': _placed(dataclasses.replace(cfg, mtp_modules=modules), mesh)
-  }
+  found = dataclasses.replace(cfg, mtp_modules=_modules(saved))
+  wanted = {'params': _placed(found, mesh)}
   stored = jax.tree_util.tree_map_with_path(
     lambda key, leaf: _as_saved(leaf, saved.get(sharding.name_of(key))), wanted
   )

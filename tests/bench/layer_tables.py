@@ -39,7 +39,8 @@ def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
   """The experts' first product, evenly routed."""
 
   def shown(row: dict[str, Any]) -> bool:
-    return row['operation'] == 'product' and row['routing'] == 'uniform'
+    named = row['operation'], row.get('layer'), row.get('routing')
+    return named == ('product', 'up+gate', 'uniform')
 
   rows = [
     [

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from m2.checkpoint import directory, store
 from m2.parallel import hosts
+from tests.checkpoint import store_test
 
 LOST = {'20'}  # steps whose parameters host 1 cannot read
 
@@ -27,18 +28,6 @@ def broken(path, items):
 load = directory.load
 
 
-class Data:
-  """Stands for a data iterator."""
-
-  at = 0
-
-  def get_state(self) -> dict[str, int]:
-    return {'at': self.at}
-
-  def set_state(self, state: dict[str, int]) -> None:
-    self.at = state['at']
-
-
 def main(folder: pathlib.Path, address: str, index: int) -> None:
   hosts.join(address, 2, index)
   spread = jax.NamedSharding(jax.make_mesh((2,), ('data',)), jax.P('data'))
@@ -47,7 +36,7 @@ def main(folder: pathlib.Path, address: str, index: int) -> None:
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), state
   )
-  data, found = Data(), []
+  data, found = store_test.Counter(), []
   with store.Store(folder, keep=2) as checkpoints:
 
     def save(step):

@@ -17,7 +17,7 @@ class ExpertsTest(absltest.TestCase):
     self.check('ragged', {'all-to-all': 3, 'ragged-all-to-all': MOVES})
 
   @pytest.mark.exhaustive
-  def test_whole_blocks_are(self):
+  def test_whole_blocks_are_exchanged(self):
     self.check('exchange', {'all-to-all': MOVES, 'ragged-all-to-all': 0})
 
   def check(self, strategy, want):
