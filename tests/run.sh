@@ -74,6 +74,8 @@ fi
 [[ $level == exhaustive ]] && marks='not device'
 # Two processes: more only divides two cores further. A file stays in one
 # process, which compiles its programs once; files run in conftest.py's order.
+# A process that crashed ends the run: started again, pytest-xdist 3.8 waits for
+# ever with these settings.
 exec .venv/bin/python -m pytest -n 2 --dist loadfile \
-  --no-loadscope-reorder -m "$marks" \
+  --no-loadscope-reorder --max-worker-restart=0 -m "$marks" \
   ${arguments[@]+"${arguments[@]}"}
