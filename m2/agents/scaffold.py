@@ -49,8 +49,13 @@ def load(path: str) -> Scaffold:
   if missing := [name for name in SECTIONS if name not in sections]:
     raise ValueError(f'{file}: no section {", ".join(missing)}')
   rules = _pairs(file, sections['rules'])
-  system = '\n'.join(sections['system']).strip()
-  system = system.replace('{rules}', '\n'.join(rules.values()))
+  system = '\n'.join(sections['system'])
+  if rules and '{rules}' not in system:
+    raise ValueError(
+      f'{file}: # rules has {", ".join(rules)}, but # system does not say '
+      'where they stand: write {rules} there'
+    )
+  system = system.replace('{rules}', '\n'.join(rules.values())).strip()
   return Scaffold(system, _pairs(file, sections['tools']))
 
 

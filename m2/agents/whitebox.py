@@ -1,6 +1,6 @@
 """The white-box agent: think, act, observe, in the M2 chat format."""
 
-import time
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +44,8 @@ class WhiteBox:
       episode: id under which the model's side records the requests.
       seed: of the sampling; turn t of the episode uses seed + t.
     """
-    start = time.monotonic()
+    clock = asyncio.get_running_loop().time  # stands while the engine does
+    start = clock()
     messages = [
       types.Message('system', self._system),
       types.Message('user', task.prompt),
@@ -68,7 +69,7 @@ class WhiteBox:
     return types.Transcript(
       messages=tuple(messages),
       turns=turn,
-      seconds=time.monotonic() - start,
+      seconds=clock() - start,
       malformed=malformed,
       finished=finished,
       stop=stop,

@@ -133,6 +133,7 @@ class Engine:
     self._held: dict[int, bytes] = {}  # slot -> ids whose entries it holds
     self._cancelled: set[concurrent.futures.Future] = set()
     self._submitted = 0
+    self._failed: Exception | None = None
     self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
   def submit(self, request: GenRequest) -> concurrent.futures.Future[GenResult]:
@@ -142,6 +143,7 @@ class Engine:
       ValueError: an empty prompt, ids outside the vocabulary, or sampling
         values out of range. A prompt that is too long is no error: its result
         is empty, with `StopReason.CONTEXT`.
+      RuntimeError: the engine has failed before; its cause is what failed.
     """
     prompt = requests.check(request, self._cfg.vocab)
     room = self._engine.length - len(prompt)
@@ -151,6 +153,10 @@ class Engine:
       progress.finish(types.StopReason.CONTEXT, self.version)
       return progress.future
     with self._lock:
+      if self._failed is not None:
+        raise RuntimeError(
+          f'the engine has failed, make a new one: {self._failed}'
+        ) from self._failed
       self._waiting.append(progress)
       self._submitted += 1
     if self._wake is not None:
@@ -174,7 +180,8 @@ class Engine:
     """Admits, computes prompts, decodes one chunk; returns live requests.
 
     Raises:
-      Exception: whatever the device raised; every request fails with it.
+      Exception: whatever the device raised; every request fails with it, and
+        the engine takes no more: what its cache holds is unknown.
     """
     start = time.perf_counter()
     try:
@@ -186,10 +193,12 @@ class Engine:
         if self._live:
           self._advance(fresh)
     except Exception as error:
-      for progress in (*self._waiting, *self._live.values()):
-        progress.fail(error)
-      self._waiting.clear()
-      self._live.clear()
+      with self._lock:
+        self._failed = error
+        for progress in (*self._waiting, *self._live.values()):
+          progress.fail(error)
+        self._waiting.clear()
+        self._live.clear()
       raise
     self.counters.seconds += time.perf_counter() - start
     return len(self._live)
@@ -267,15 +276,18 @@ class Engine:
       return contextlib.nullcontext()
     return jax.set_mesh(self._mesh)
 
-  def _gone(self, progress: requests.Progress) -> bool:
-    return progress.future in self._cancelled or progress.future.cancelled()
-
   def _drop_cancelled(self) -> None:
+    # Others may be cancelled meanwhile: they wait for the next step.
+    cancelled, self._cancelled = self._cancelled, set()
+
+    def is_gone(progress: requests.Progress) -> bool:
+      return progress.future in cancelled or progress.future.cancelled()
+
     with self._lock:
-      for progress in [p for p in self._waiting if self._gone(p)]:
+      for progress in [p for p in self._waiting if is_gone(p)]:
         self._waiting.remove(progress)
         progress.finish(types.StopReason.CANCELLED, self.version)
-    gone = [slot for slot, p in self._live.items() if self._gone(p)]
+    gone = [slot for slot, p in self._live.items() if is_gone(p)]
     if gone:
       left_B = np.array(self._slots.left_B)
       left_B[gone] = 0
@@ -283,7 +295,6 @@ class Engine:
       self._slots = self._slots.replace(left_B=jax.device_put(left_B, where))
     for slot in gone:
       self._release(slot, types.StopReason.CANCELLED)
-    self._cancelled.clear()
 
   def _admit(self) -> tuple[list[admission.Prompt], dict[str, jax.Array]]:
     """Computes one batch of prompts; returns them and the program's output."""
@@ -292,6 +303,7 @@ class Engine:
         self._waiting, self._idle, self._held, self._batches[-1][0]
       )
     users = [user for prompt in prompts for user in prompt.users]
+    self._live.update((slot, progress) for progress, slot in users)
     rows, entries = next(
       batch
       for batch in self._batches
@@ -302,8 +314,7 @@ class Engine:
     experts = any(progress.request.experts for progress, _ in users)
     out = self._run_prefill(prompts, rows, entries, length, experts)
     for prompt in prompts:
-      for progress, slot in prompt.users:
-        self._live[slot] = progress
+      for _, slot in prompt.users:
         self._held[slot] = prompt.ids.tobytes()
       asked = len(prompt.ids) * len(prompt.users)
       self.counters.prompt_tokens += asked

@@ -67,9 +67,10 @@ def check(request: GenRequest, vocab: int) -> np.ndarray:
     ('max_new', wanted.max_new >= 1),
     ('temperature', 0 <= wanted.temperature < float('inf')),
     ('top_p', 0 < wanted.top_p <= 1),
-    ('top_k', wanted.top_k >= 0),
+    ('top_k', 0 <= wanted.top_k < 2**31),
     ('seed', 0 <= wanted.seed < 2**64),
     ('stop_ids', len(wanted.stop_ids) <= STOP_IDS),
+    ('stop_ids', all(0 <= id < 2**31 for id in wanted.stop_ids)),
   ):
     if not good:
       raise ValueError(

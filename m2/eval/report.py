@@ -1,5 +1,6 @@
 """An evaluation as a table; every rate with its n and 95% interval."""
 
+from m2 import types
 from m2.eval import run
 
 
@@ -17,4 +18,7 @@ def table(report: run.EvalReport) -> str:
   masked = len(report.rows) - report.n
   if masked:
     lines.append(f'{masked} episodes have no verdict and count nowhere')
+  full = sum(row.stop == types.StopReason.CONTEXT for row in report.rows)
+  if full:
+    lines.append(f'{full} episodes ran out of context (engine.length)')
   return '\n'.join(lines)

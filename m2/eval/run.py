@@ -41,6 +41,7 @@ class Row:
     malformed: completions that could not be parsed.
     finished: the agent ended the episode itself.
     transcript: messages, kept for failures and for one success a skill.
+    stop: why its last completion ended.
   """
 
   task: str
@@ -58,6 +59,7 @@ class Row:
   malformed: int
   finished: bool
   transcript: tuple[Mapping[str, Any], ...] = ()
+  stop: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +167,7 @@ def _row(task, trial, transcript, verdict, tokens) -> Row:
     malformed=transcript.malformed,
     finished=transcript.finished,
     transcript=tuple(message.to_dict() for message in transcript.messages),
+    stop=transcript.stop,
   )
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from m2 import config, types
 from m2.forge import advantage, rollout, tree
 
+EQUAL = 1e-9  # returns that differ by less are the same, but for rounding
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -107,7 +109,12 @@ class RolloutIterator(grain.DatasetIterator[Batch]):
     # Rows without an advantage have no gradient: they only count in the
     # normaliser, and need not be computed.
     total = sum(row.weight * len(row.old_logp) for row in rows)
-    kept = [row for row in rows if row.advantage] or rows
+    kept = [row for row in rows if abs(row.advantage) > EQUAL] or rows
+    if not kept:
+      raise ValueError(
+        'no episode of this batch sampled anything: each prompt alone fills '
+        'engine.length; raise it, and forge.row_tokens with it'
+      )
     flat = sum(len(row.ids) for row in kept)
     packed = self._pack(kept)
     packed = packed.replace(total=np.float32(total))
@@ -163,12 +170,15 @@ def describe(groups: list[list[types.Episode]]) -> dict[str, float]:
     'reward/mean': float(returns.mean()),
     'reward/std': float(returns.std()),
     'reward/passed': float(np.mean([e.reward.passed for e in scored])),
-    'group/zero_variance_frac': float(np.mean([s < 1e-9 for s in spread])),
+    'group/zero_variance_frac': float(np.mean([s < EQUAL for s in spread])),
     'rollout/episodes': len(scored),
     'rollout/turns': len(completions) / len(scored),
     'rollout/tokens': float(np.mean([len(c.ids) for c in completions])),
     'rollout/truncated_frac': float(
       np.mean([c.stop == types.StopReason.LENGTH for c in completions])
+    ),
+    'rollout/context_frac': float(
+      np.mean([c.stop == types.StopReason.CONTEXT for c in completions])
     ),
     'env/infra_failed_frac': 1 - len(scored) / len(everyone),
     'version/oldest': min(versions),

@@ -75,7 +75,7 @@ def run(
   with (
     jax.set_mesh(mesh),
     store.Store(workdir / 'checkpoints', config.checkpoint.keep) as checkpoints,
-    pools.DataPool(f'sqlite:///{workdir}/pool.db') as pool,
+    pools.DataPool(pools.file_url(workdir / 'pool.db')) as pool,
     contextlib.ExitStack() as stack,
     rollout.Scene() as scene,
     signals.Signals() as asked,
@@ -147,7 +147,8 @@ def _rollouts(
 ) -> rollout.Rollouts:
   forge = config.forge
   return rollout.Rollouts(
-    windows.WindowedFifo(math.ceil(forge.window * forge.in_flight)),
+    # Rounded first: 0.07 * 100 is above 7 by the last digit.
+    windows.WindowedFifo(math.ceil(round(forge.window * forge.in_flight, 9))),
     pool,
     in_flight=forge.in_flight,
     group_size=forge.group_size,
@@ -194,6 +195,12 @@ def check(config: settings.RunConfig) -> None:
     problems.append(
       f'forge.row_tokens={forge.row_tokens} is below engine.length='
       f'{config.engine.length}; a long episode would fit no line'
+    )
+  if forge.beta and forge.runner == 'ray' and forge.in_flight > forge.groups:
+    problems.append(
+      f'forge.beta={forge.beta} pays for speed, and episodes on Ray wait while '
+      f'weights are trained: set forge.in_flight to forge.groups='
+      f'{forge.groups}, or forge.beta to 0'
     )
   if forge.runner == 'ray' and importlib.util.find_spec('ray') is None:
     problems.append(

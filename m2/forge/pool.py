@@ -13,6 +13,7 @@ that a checkpoint refers to can be missing.
 
 import hashlib
 import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,14 +68,19 @@ _RUNS = sa.Table(
 _ALL = (_COMPLETIONS, _REWARDS, _CLOSINGS)
 
 
+def file_url(path: pathlib.Path | str) -> sa.URL:
+  """The URL of a pool in a file, whose path may hold `?`, `%` and the like."""
+  return sa.URL.create('sqlite', database=str(path))
+
+
 class DataPool:
   """Append-only store of episodes, one writer; a context manager."""
 
-  def __init__(self, url: str):
+  def __init__(self, url: str | sa.URL):
     """Opens or creates the pool.
 
     Args:
-      url: `sqlite:///path` or `sqlite://` (memory).
+      url: `sqlite:///path` or `sqlite://` (memory); see `file_url`.
 
     Raises:
       ValueError: another database than SQLite.

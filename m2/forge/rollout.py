@@ -40,6 +40,10 @@ class Tasks(Protocol):
     ...
 
 
+class RolloutError(Exception):
+  """Episodes end without a verdict, one group after another."""
+
+
 # Settings and model -> who plays, and prompt number -> task.
 Cast = Callable[[config.RunConfig, types.LLM], tuple[Agent, Tasks]]
 
@@ -82,6 +86,7 @@ class Rollouts:
     self._in_flight, self._group_size = in_flight, group_size
     self._seed = seed
     self._run = pool.begin()
+    self._barren = 0  # groups dropped since the last that was not
     self._changed = asyncio.Event()  # a group ended, or slots were freed
 
   async def keep_running(self, agent: Agent, tasks: Tasks) -> None:
@@ -92,6 +97,7 @@ class Rollouts:
       tasks: prompt number -> task.
 
     Raises:
+      RolloutError: twice `in_flight` groups in a row had nothing to compare.
       Exception: what an episode raised; a failure that is expected would have
         been its outcome.
     """
@@ -149,14 +155,26 @@ class Rollouts:
     try:
       rewards = await asyncio.gather(*(play(*pair) for pair in names))
       self._count(rewards)
-      scores = sum(r.outcome == types.Outcome.SCORE for r in rewards)
-      if scores < 2:  # nothing to compare
+      failed = [r for r in rewards if r.outcome != types.Outcome.SCORE]
+      if len(rewards) - len(failed) < 2:  # nothing to compare
         self.window.drop(id)
-        self.counters.dropped += 1
+        self._drop(failed)
       else:
         self.window.done(id)
+        self._barren = 0
     finally:
       self._changed.set()
+
+  def _drop(self, failed: list[types.Reward]) -> None:
+    self.counters.dropped += 1
+    self._barren += 1
+    if self._barren >= 2 * self._in_flight:
+      last = failed[-1]
+      raise RolloutError(
+        f'{self._barren} groups in a row ended with fewer than two scores; the '
+        f'last episode without one, {last.episode}: {last.outcome}: '
+        f'{last.evidence}'
+      )
 
   def _count(self, rewards: list[types.Reward]) -> None:
     self.counters.groups += 1
@@ -166,15 +184,38 @@ class Rollouts:
       setattr(self.counters, name, getattr(self.counters, name) + count)
 
 
+class _Loop(asyncio.SelectorEventLoop):
+  """An event loop whose clock stands while nobody runs it."""
+
+  def __init__(self):
+    super().__init__()
+    self._stood, self._since = 0.0, None
+
+  def time(self) -> float:
+    now = super().time() if self._since is None else self._since
+    return now - self._stood
+
+  def run_forever(self) -> None:
+    if self._since is not None:
+      self._stood += super().time() - self._since
+    self._since = None
+    try:
+      super().run_forever()
+    finally:
+      self._since = super().time()
+
+
 class Scene:
   """An event loop that is wound on from outside, a context manager.
 
   Background coroutines run only inside `until`; one that ends, ends the run.
+  Between two of them the loop's clock stands still too, and so episodes are not
+  charged for the training step that they waited for.
   """
 
   def __init__(self):
     """Makes the loop."""
-    self._runner = asyncio.Runner()
+    self._runner = asyncio.Runner(loop_factory=_Loop)
     self._background: list[asyncio.Task] = []
 
   def __enter__(self) -> 'Scene':

@@ -141,7 +141,10 @@ class Gateway:
       self._experts,
     )
     result = await asyncio.wrap_future(self._engine.submit(request))
-    message = self._parse(result.ids, tools)
+    if result.stop == types.StopReason.CONTEXT:  # nothing was sampled
+      message = types.Message('assistant')
+    else:
+      message = self._parse(result.ids, tools)
     self._compare(episode, conversation, prompt_ids, messages, tools)
     self._record(episode, conversation, prompt_ids, result)
     conversation.messages = (*messages, message)

@@ -16,7 +16,12 @@ from m2.train import state as train_state
 # What a run is: changed between start and resume, its steps would no longer
 # be those of one run. Everything else may change, and is printed if it does.
 FIXED = ('mode', 'seed', 'model', 'data', 'tasks', 'prompt')
-FIXED_LEAVES = ('optim.name', 'optim.train_only')
+FIXED_LEAVES = (
+  'optim.name',
+  'optim.train_only',
+  'forge.group_size',  # the window holds finished groups, as they were played
+  'forge.replay',
+)
 FREE = ('data.prefetch', 'model.remat')
 
 

@@ -94,6 +94,9 @@ class ScaffoldTest(absltest.TestCase):
     text = '# system\nHi. {rules}\n# tools\nsql: Run.\n# rules\na: Be brief.\n'
     path = self.create_tempfile('u.md', text).full_path
     self.assertEqual(scaffold.load(path).system, 'Hi. Be brief.')
+    unsaid = self.create_tempfile('v.md', text.replace('{rules}', ''))
+    with self.assertRaisesRegex(ValueError, 'v.md: # rules has a, but'):
+      scaffold.load(unsaid.full_path)
     with self.assertRaisesRegex(ValueError, 'finish'):
       whitebox.opening(config.PromptConfig(scaffold=path))
 

@@ -302,7 +302,9 @@ class EngineTest(parameterized.TestCase):
     ([1], {'top_p': 0.0}, 'top_p=0.0'),
     ([1], {'top_k': -1}, 'top_k=-1'),
     ([1], {'seed': -1}, 'seed=-1'),
+    ([1], {'top_k': 2**31}, 'top_k=2147483648'),
     ([1], {'stop_ids': tuple(range(9))}, 'stop_ids='),
+    ([1], {'stop_ids': (2**31,)}, 'stop_ids='),
   )
   def test_bad_requests_are_refused(self, prompt, kwargs, message):
     engine = BAD.get()
@@ -314,16 +316,29 @@ class EngineTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'engine.length=600 exceeds'):
       make(length=600)
 
-  def test_a_device_failure_reaches_every_caller(self):
+  @parameterized.parameters('_PREFILL', '_DECODE')
+  def test_a_device_failure_reaches_every_caller(self, program):
     engine, _ = make()
     futures = [engine.submit(request(p)) for p in prompts(10)]
-    engine.step()
-    lost = mock.patch.object(engine_lib, '_DECODE', side_effect=OSError('lost'))
+    lost = mock.patch.object(engine_lib, program, side_effect=OSError('lost'))
     with lost, self.assertRaisesRegex(OSError, 'lost'):
       engine.step()
     self.assertFalse(engine.busy)
     for future in futures:
       self.assertIsInstance(future.exception(timeout=1), OSError)
+    with self.assertRaisesRegex(RuntimeError, 'has failed.*lost'):
+      engine.submit(request(prompts(1)[0]))
+
+  def test_what_is_cancelled_during_a_step_ends_at_the_next(self):
+    engine, _ = make()
+    first, second = (
+      engine.submit(request(p, max_new=60, seed=9)) for p in prompts(2, high=60)
+    )
+    engine.cancel(first)
+    first.add_done_callback(lambda _: engine.cancel(second))
+    engine.run([])
+    self.assertEqual(second.result().stop, types.StopReason.CANCELLED)
+    self.assertLess(len(second.result().ids), 60)
 
   def test_coroutines_share_batches(self):
     engine, _ = make()

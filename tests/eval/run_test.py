@@ -19,9 +19,11 @@ class Player:
     passed = int(task.id.rsplit('.', 1)[-1]) % 2 == 0
     infra = task.id.endswith('.3')
     outcome = types.Outcome.INFRA if infra else types.Outcome.SCORE
+    full = task.id.endswith('.5')
     transcript = types.Transcript(
-      (types.Message('user', 'x'),), 1, 0.1, 0, True, types.StopReason.EOS
-    )
+      (types.Message('user', 'x'),), 1, 0.1, 0, not full,
+      types.StopReason.CONTEXT if full else types.StopReason.EOS,
+    )  # fmt: skip
     verdict = types.Verdict(
       outcome, passed, float(passed), '' if passed else 'x'
     )
@@ -46,6 +48,7 @@ class EvaluateTest(absltest.TestCase):
     text = report.table(found)
     self.assertIn('10 / 18', text)
     self.assertIn('2 episodes have no verdict', text)
+    self.assertIn('2 episodes ran out of context (engine.length)', text)
     # Successes keep one transcript a skill, failures keep theirs.
     shown = sum(bool(r.transcript) for r in found.rows if r.passed)
     self.assertEqual(shown, 1)

@@ -1,5 +1,6 @@
 """Batches: what is trained, what is only counted, and the window's state."""
 
+import dataclasses
 import types as python_types
 
 import numpy as np
@@ -88,6 +89,31 @@ class DatasetTest(absltest.TestCase):
     )
     self.assertEqual(int((batch.tree.weight_Z > 0).sum()), 6)
     self.assertFalse(batch.tree.advantage_Z.any())
+
+  def test_equal_returns_are_equal_though_their_mean_is_rounded(self):
+    group = [episode(f'g0/{member}', [-0.1]) for member in range(7)]
+    other = [episode(f'g1/{member}', [member / 7]) for member in range(7)]
+    batch = next(self.make({'g0': group, 'g1': other}, group_size=7))
+    self.assertEqual(batch.report['group/zero_variance_frac'], 0.5)
+    self.assertEqual(batch.report['tree/rows_skipped'], 7 + 1)
+
+  def test_prompts_that_fill_the_context_are_named(self):
+    full = [
+      dataclasses.replace(
+        one,
+        completions=(
+          dataclasses.replace(
+            one.completions[0],
+            ids=np.zeros(0, np.int32),
+            logprobs=np.zeros(0, np.float32),
+            stop=types.StopReason.CONTEXT,
+          ),
+        ),
+      )
+      for one in (episode('g0/0', [1.0]), episode('g0/1', [0.0]))
+    ]
+    with self.assertRaisesRegex(ValueError, 'fills engine.length; raise it'):
+      next(self.make({'g0': full}))
 
   def test_steps_have_their_own_returns(self):
     batch = next(

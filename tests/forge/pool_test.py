@@ -46,13 +46,13 @@ def reward(episode='e', steps=(0.0, 1.0)):
 class PoolTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
-    self.path = self.create_tempdir().full_path + '/pool.db'
-    self.pool = pool.DataPool(f'sqlite:///{self.path}')
+    self.path = self.create_tempdir().full_path + '/a?b%20c.db'
+    self.pool = pool.DataPool(pool.file_url(self.path))
     self.addCleanup(lambda: self.pool.dispose())
 
   def reopen(self):
     self.pool.dispose()
-    self.pool = pool.DataPool(f'sqlite:///{self.path}')
+    self.pool = pool.DataPool(pool.file_url(self.path))
 
   def test_reads_back_exactly_what_was_put(self):
     put = [completion(step=1), completion(step=0, experts=True)]

@@ -229,7 +229,7 @@ class RayRunnerTest(absltest.TestCase):
       )
       workdir = pathlib.Path(case.create_tempdir().full_path)
       loop_test.loop.run(cfg, workdir, loop_test_cast)
-      with pools.DataPool(f'sqlite:///{workdir}/pool.db') as pool:
+      with pools.DataPool(pools.file_url(workdir / 'pool.db')) as pool:
         names = [e for g in range(4) for e in rollout.episodes(f'g{g}.0', 8)]
         found[runner] = pool.read(names)
     for left, right in zip(found['asyncio'], found['ray'], strict=True):

@@ -1,6 +1,7 @@
 """Groups in flight: never more than allowed, none lost, none doubled."""
 
 import asyncio
+import time
 
 import numpy as np
 from absl.testing import absltest
@@ -18,7 +19,9 @@ class Tasks:
 class Agent:
   """Finishes episodes in an order that the tests choose."""
 
-  def __init__(self, pool, delay=lambda task: 1, outcome=types.Outcome.SCORE):
+  def __init__(
+    self, pool, delay=lambda task: 1, outcome=lambda task: types.Outcome.SCORE
+  ):
     self._pool, self._delay, self._outcome = pool, delay, outcome
     self.playing, self.most, self.seeds = 0, 0, {}
 
@@ -35,7 +38,10 @@ class Agent:
         types.StopReason.EOS,
       )
     )  # fmt: skip
-    return types.Reward(episode, self._outcome, (1.0,), passed=True)
+    outcome = self._outcome(task)
+    return types.Reward(
+      episode, outcome, (1.0,), passed=True, evidence='no disk'
+    )
 
 
 class RolloutTest(absltest.TestCase):
@@ -89,11 +95,43 @@ class RolloutTest(absltest.TestCase):
 
   def test_groups_without_two_scores_are_dropped(self):
     rollouts = self.make()
-    failing = Agent(self.pool, outcome=types.Outcome.INFRA)
+    failing = Agent(self.pool, outcome=lambda task: types.Outcome.INFRA)
     self.scene.start(rollouts.keep_running(failing, Tasks()))
-    self.scene.until(asyncio.sleep(0.01))
-    self.assertGreater(rollouts.counters.dropped, 4)
+    with self.assertRaisesRegex(
+      rollout.RolloutError, '8 groups in a row .* g7.0/2: infra: no disk'
+    ):
+      self.scene.until(rollouts.take(1))
+    self.assertEqual(rollouts.counters.dropped, 8)
     self.assertEqual(rollouts.counters.infra, 3 * rollouts.counters.groups)
+
+  def test_failures_between_others_do_not_end_the_run(self):
+    rollouts = self.make()
+    seventh = ('infra',) * 6 + ('score',)
+    agent = Agent(
+      self.pool,
+      outcome=lambda task: types.Outcome(seventh[int(task.id[1:]) % 7]),
+    )
+    self.scene.start(rollouts.keep_running(agent, Tasks()))
+    for index in (6, 13, 20):
+      self.assertEqual(self.scene.until(rollouts.take(1)), [f'g{index}.0'])
+      rollouts.free()
+    self.assertGreaterEqual(rollouts.counters.dropped, 18)
+
+  def test_episodes_do_not_pay_for_the_training_between_batches(self):
+    clock = []
+
+    async def episode():
+      start = asyncio.get_running_loop().time()
+      await asyncio.sleep(0.05)
+      clock.append(asyncio.get_running_loop().time() - start)
+      await asyncio.Event().wait()
+
+    self.scene.start(episode())
+    self.scene.until(asyncio.sleep(0.01))
+    time.sleep(0.5)  # a training step
+    self.assertEmpty(clock)
+    self.scene.until(asyncio.sleep(0.1))
+    self.assertBetween(clock[0], 0.05, 0.4)
 
   def test_an_error_of_an_episode_reaches_the_run(self):
     rollouts = self.make()

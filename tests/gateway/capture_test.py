@@ -172,6 +172,15 @@ class CaptureTest(parameterized.TestCase):
     text = TOKENIZER.decode(second.prompt_ids)
     self.assertIn('half a th[e~[\n]~b]user\ngo on[e~[\n', text)
 
+  def test_a_prompt_that_fills_the_context_is_nothing_malformed(self):
+    engine = Scripted('', stop=types.StopReason.CONTEXT)
+    gateway = capture.Gateway(engine, TOKENIZER, pool := Pool())
+    message, stop = chat(gateway, [user()])
+    self.assertEqual(stop, types.StopReason.CONTEXT)
+    self.assertEqual(message, types.Message('assistant'))
+    self.assertEqual(gateway.counters.malformed, 0)
+    self.assertEmpty(pool.completions[0].ids)
+
   @parameterized.parameters(
     (lambda m: [user('another'), *m[1:]], r'message 0 \(user\) differs'),
     (lambda m: [m[0], dataclasses.replace(m[1], content='!'), m[2]],

@@ -128,7 +128,7 @@ class HostsTest(absltest.TestCase):
       )
     said = self.finish(trainer)
     self.assertNotIn(variables['RAY_AUTH_TOKEN'], said)
-    with pools.DataPool(f'sqlite:///{self.root}/rl/pool.db') as pool:
+    with pools.DataPool(pools.file_url(self.root / 'rl/pool.db')) as pool:
       episodes = pool.read([f'g{g}.0/{m}' for g in range(4) for m in range(4)])
     self.assertLen({episode.task for episode in episodes}, 4)
     for episode in episodes:
