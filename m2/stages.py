@@ -233,7 +233,8 @@ def notes(config: m2_config.RunConfig) -> list[str]:
     else 'The weakness may be planted: the curriculum gives skills different '
     'weights, and a plain rebalancing would be expected to help.',
     'TEST was opened once, after the verdict; the ledger holds what was asked '
-    'and what came of it. Splits are by the structure of the schema.',
+    'and what came of it. Splits are by the column names of the table that is '
+    'changed: an easy TEST task may be one of TRAIN with other names.',
     'One seed: intervals cover the choice of tasks and the sampling, not the '
     'choice of the training seed.',
   ]

@@ -92,7 +92,8 @@ class Task:
     difficulty: 0 is easiest.
     prompt: what the user asks of the agent.
     data: what its workspace and verifier need (JSON-able); agents never see it.
-    signature: structural hash that decides the split; disjoint across splits.
+    signature: hash that decides the split, of what its family says; disjoint
+      across splits.
   """
 
   id: str

@@ -327,6 +327,8 @@ class StagesTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'data': m2_config.DataConfig(source='files')}, 'data.source'),
     ({'tasks': m2_config.TasksConfig()}, 'tasks.skills'),
+    ({'stages': m2_config.StagesConfig(test_tasks=3)}, 'stages.test_tasks=3'),
+    ({'evolve': m2_config.EvolveConfig(gate_tasks=3)}, 'evolve.gate_tasks=3'),
   )
   def test_impossible_settings_stop_before_anything_runs(self, change, named):
     with self.assertRaisesRegex(ValueError, named):

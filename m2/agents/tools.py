@@ -55,7 +55,8 @@ def problem(request: types.ToolCall) -> str:
   extra = [n for n in request.arguments if n not in known['properties']]
   if missing or extra:
     return f'{request.name}: missing {missing}, unknown {extra}'
-  return ''
+  null = [n for n, value in request.arguments.items() if value is None]
+  return f'{request.name}: {null} must not be null' if null else ''
 
 
 async def call(request: types.ToolCall, workspace: types.Workspace) -> str:

@@ -58,7 +58,7 @@ class Documents:
         and tokens.shape == weights.shape
         and tokens.dtype.kind in 'iu'
         and weights.dtype.kind in 'iuf'
-        and np.isfinite(weights).all()
+        and np.isfinite(_narrow(weights)).all()
         and 0 <= tokens.min()
         and tokens.max() < self._tokenizer.size
       )
@@ -70,6 +70,11 @@ class Documents:
         'weights as many finite numbers'
       )
     return _document(tokens, weights, whole=weighted)
+
+
+def _narrow(weights: np.ndarray) -> np.ndarray:
+  with np.errstate(over='ignore'):  # what does not fit becomes infinite
+    return weights.astype(np.float32)
 
 
 def plain(row: sources.Row, where: str) -> list[str]:
@@ -85,9 +90,13 @@ def plain(row: sources.Row, where: str) -> list[str]:
         'ready tokens need the tokenizer that made them; set data.tokenizer'
       )
     if shape == 'text':
-      return [row['text']]
-    pieces = _render(row, keep_all_reasoning=True).pieces()
-    return [piece.text for piece in pieces if not piece.special]
+      found = [row['text']]
+    else:
+      pieces = _render(row, keep_all_reasoning=True).pieces()
+      found = [piece.text for piece in pieces if not piece.special]
+    for text in found:
+      text.encode()  # lone surrogates are a ValueError
+    return found
 
 
 def _document(tokens: Any, weights: Any, *, whole: bool) -> packing.Document:

@@ -43,6 +43,22 @@ _BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
 # Kinds are tried in this order where a schema allows several: text fits all.
 _KINDS = ('integer', 'number', 'boolean', 'object', 'array', 'unknown')
 _JSON_TYPES = {'object': dict, 'array': list}
+# bool comes before int, of which Python makes it one.
+_PYTHON_TYPES = {
+  'string': str,
+  'boolean': bool,
+  'integer': int,
+  'number': float,
+  'object': Mapping,
+  'array': list | tuple,
+}
+# Keywords that only one type has.
+_IMPLIED = {
+  'properties': 'object',
+  'additionalProperties': 'object',
+  'items': 'array',
+  'prefixItems': 'array',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,29 +110,60 @@ def read_tools(
     if not isinstance(properties, Mapping):
       raise ValueError(f'tool {declared["name"]}: properties is no mapping')
     index[declared['name']] = Tool(
-      {name: _kinds(kind) for name, kind in properties.items()},
+      {name: _kinds(kind, schema) for name, kind in properties.items()},
       tuple(schema.get('required') or ()),
       schema.get('additionalProperties') is False,
     )
   return index
 
 
-def _kinds(schema: Any) -> frozenset[str]:
-  """The types a schema allows; text where it does not say."""
+def _kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
+  """The types a schema within `root` allows; text where it does not say."""
+  return _said(schema, root, ()) or frozenset(['string'])
+
+
+def _said(
+  schema: Any, root: Mapping[str, Any], seen: tuple[str, ...]
+) -> frozenset[str]:
+  """The types a schema speaks of; `seen` are references followed so far."""
   if not isinstance(schema, Mapping):
-    return frozenset(['string'])
-  kinds = schema.get('type')
-  if kinds is None:
-    branches = [
-      branch
-      for word in ('anyOf', 'oneOf', 'allOf')
-      for branch in schema.get(word) or ()
-    ]
-    found = frozenset().union(*map(_kinds, branches))
-    return found or frozenset(['string'])
-  kinds = [kinds] if isinstance(kinds, str) else kinds
-  known = (*_KINDS, 'string', 'null')
-  return frozenset(kind if kind in known else 'unknown' for kind in kinds)
+    return frozenset()
+  if (kinds := schema.get('type')) is not None:
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    known = (*_KINDS, 'string', 'null')
+    return frozenset(kind if kind in known else 'unknown' for kind in kinds)
+  if (place := schema.get('$ref')) is not None:
+    if place in seen:
+      return frozenset()
+    found = _referred(place, root)
+    return _said(found, root, (*seen, place)) or frozenset(['unknown'])
+  values = list(schema.get('enum') or ())
+  values += [schema['const']] if 'const' in schema else []
+  kinds = frozenset(map(_kind_of, values))
+  for word in ('anyOf', 'oneOf', 'allOf'):
+    for branch in schema.get(word) or ():
+      kinds |= _said(branch, root, seen)
+  if kinds:
+    return kinds
+  return frozenset(kind for word, kind in _IMPLIED.items() if word in schema)
+
+
+def _referred(place: Any, root: Mapping[str, Any]) -> Any:
+  """What a reference such as '#/$defs/Point' stands for; None if nothing."""
+  head, *steps = str(place).split('/')
+  found: Any = root if head == '#' else None
+  for step in steps:
+    step = step.replace('~1', '/').replace('~0', '~')
+    found = found.get(step) if isinstance(found, Mapping) else None
+  return found
+
+
+def _kind_of(value: Any) -> str:
+  """The JSON-schema type of a value that a schema lists."""
+  for kind, types in _PYTHON_TYPES.items():
+    if isinstance(value, types):
+      return kind
+  return 'null' if value is None else 'unknown'
 
 
 def encode(value: Any) -> str:

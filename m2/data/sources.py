@@ -28,6 +28,8 @@ STDLIB = 'stdlib'
 # Installed packages are not the standard library; tests hold broken encodings.
 _NOT_STDLIB = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
 _SCAN = 1 << 22  # bytes read at once while indexing lines
+_TEXT = np.ones(256, bool)  # whether a byte makes a line more than blank
+_TEXT[list(b' \t\n\r\v\f')] = False
 
 
 @runtime_checkable
@@ -86,7 +88,7 @@ class Files:
       ValueError: it cannot be read or is not UTF-8.
     """
     try:
-      return {'text': self._paths[index].read_text(encoding='utf-8')}
+      return {'text': self._paths[index].read_text(encoding='utf-8-sig')}
     except (OSError, UnicodeDecodeError) as error:
       raise ValueError(f'{self.where(index)}: {error}') from None
 
@@ -96,7 +98,7 @@ class Files:
 
 
 class JsonLines:
-  """One JSON object per line; blank lines are skipped."""
+  """One JSON object per line; blank lines and a byte-order mark are skipped."""
 
   def __init__(self, paths: Sequence[pathlib.Path]):
     """Indexes the lines of `paths` by their byte offsets.
@@ -129,7 +131,8 @@ class JsonLines:
     try:
       with open(path, 'rb') as file:
         file.seek(begin)
-        row = json.loads(file.read(end - begin).decode('utf-8'))
+        encoding = 'utf-8' if begin else 'utf-8-sig'
+        row = json.loads(file.read(end - begin).decode(encoding))
     except (OSError, ValueError, RecursionError) as error:
       raise ValueError(f'{self.where(index)}: {error}') from None
     if not isinstance(row, dict):
@@ -214,6 +217,8 @@ def make(kind: str, path: str) -> Source:
   paths: list[pathlib.Path] = []
   for pattern in filter(None, map(str.strip, path.split(','))):
     found = sorted(globbing.glob(pattern, recursive=True))
+    if os.path.isfile(pattern):  # brackets and stars may be part of a name
+      found = [pattern]
     files = [pathlib.Path(name) for name in found if os.path.isfile(name)]
     if not files:
       hint = '; a folder needs a glob such as folder/**/*' if found else ''
@@ -232,19 +237,23 @@ def _stdlib() -> list[pathlib.Path]:
 
 def _index_lines(path: pathlib.Path) -> np.ndarray:
   """Begin, end and number of each line that is not blank: int64[N, 3]."""
-  ends = []
-  at = 0
+  ends, kept = [], []
+  at, open_line = 0, False  # whether the line that is not at its end has text
   with open(path, 'rb') as file:
     while chunk := file.read(_SCAN):
-      newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord('\n'))
+      data = np.frombuffer(chunk, np.uint8)
+      newlines = np.flatnonzero(data == ord('\n'))
+      begins = np.concatenate([[0], newlines + 1])
+      has_text = np.zeros(len(begins), bool)
+      inside = begins < len(data)  # but for a line that begins with the next
+      has_text[inside] = np.logical_or.reduceat(_TEXT[data], begins[inside])
+      has_text[0] |= open_line
+      open_line = has_text[-1]
+      kept.append(has_text[:-1])
       ends.append(newlines.astype(np.int64) + at)
-      at += len(chunk)
-    ends = np.concatenate([*ends, np.asarray([at], np.int64)])
-    begins = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
-    lines = np.stack([begins, ends, np.arange(1, len(ends) + 1)], axis=1)
-    keep = ends > begins
-    # Only short lines can be blank; long ones need not be read to know.
-    for index in np.flatnonzero(keep & (ends - begins < 64)):
-      file.seek(begins[index])
-      keep[index] = bool(file.read(ends[index] - begins[index]).strip())
+      at += len(data)
+  keep = np.concatenate([*kept, [open_line]])
+  ends = np.concatenate([*ends, np.asarray([at], np.int64)])
+  begins = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
+  lines = np.stack([begins, ends, np.arange(1, len(ends) + 1)], axis=1)
   return lines[keep]

@@ -277,6 +277,10 @@ def _assistant(out: _Writer, message: Mapping[str, Any], shown: bool) -> None:
 
 
 def _calls(out: _Writer, calls: Sequence[Mapping[str, Any]]) -> None:
+  _require(
+    isinstance(calls, list | tuple),
+    f'tool_calls={calls!r:.100}: expected a list',
+  )
   out.text('\n')
   out.special(markup.CALLS)
   out.text('\n')

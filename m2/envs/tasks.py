@@ -11,13 +11,15 @@ from m2.envs.families import sql
 class Family(Protocol):
   """What a module of `m2.envs.families` offers.
 
-  `SKILLS` and `HELD_OUT` name its skills; `generate`, `verify`, `Workspace`,
+  `SKILLS` and `HELD_OUT` name its skills, levels go from 0 to `HARDEST`;
+  `generate`, `verify`, `Workspace`,
   `controls`, `canonical_form`, `script_of` and `mistaken` act on its tasks.
   """
 
   NAME: str
   SKILLS: Sequence[str]
   HELD_OUT: Sequence[str]
+  HARDEST: int
 
 
 FAMILIES: dict[str, Family] = {sql.NAME: sql}
@@ -45,10 +47,15 @@ class Stream:
     """Checks the mixture.
 
     Raises:
-      ValueError: an unknown family, skill or split, or a held-out skill with
-        weight in train.
+      ValueError: an unknown family, skill or split, a held-out skill with
+        weight in train, or a level that the family does not have.
     """
     self.family = family(cfg.family)
+    if cfg.difficulty_max > self.family.HARDEST:
+      raise ValueError(
+        f'tasks.difficulty_max={cfg.difficulty_max}: the hardest of '
+        f'{cfg.family} is {self.family.HARDEST}'
+      )
     self._split, self._seed = split, seed
     self._low, self._high = cfg.difficulty_min, cfg.difficulty_max
     weights = dict(cfg.skills) or {
@@ -76,16 +83,12 @@ def sample(
 ) -> list[types.Task]:
   """The first `count` tasks of a stream, shared out over the skills exactly.
 
-  Every skill gets its share of `count`, rounded, so that small samples still
-  hold every skill.
+  Every skill gets its share of `count`, rounded, and one task at least where
+  `count` has room for all skills.
   """
   stream = Stream(cfg, split, seed)
-  total = sum(stream.weights)
   tasks: list[types.Task] = []
-  carried = 0.0
-  for skill, weight in zip(stream.skills, stream.weights):
-    carried += count * weight / total
-    share = round(carried) - len(tasks)
+  for skill, share in zip(stream.skills, _shares(stream.weights, count)):
     for index in range(share):
       rng = random.Random(f'{split}/{seed}/{skill}/{index}')
       difficulty = rng.randint(cfg.difficulty_min, cfg.difficulty_max)
@@ -93,6 +96,18 @@ def sample(
         stream.family.generate(skill, difficulty, split, f'{seed}.{index}')
       )
   return tasks
+
+
+def _shares(weights: Sequence[float], count: int) -> list[int]:
+  shares: list[int] = []
+  carried = 0.0
+  for weight in weights:
+    carried += count * weight / sum(weights)
+    shares.append(round(carried) - sum(shares))
+  while count >= len(weights) and 0 in shares:
+    shares[shares.index(max(shares))] -= 1
+    shares[shares.index(0)] += 1
+  return shares
 
 
 class Demonstrations:

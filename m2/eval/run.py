@@ -206,14 +206,13 @@ def paired(
   Clusters (signatures) are resampled whole, since tasks that share one are
   not independent (arXiv 2411.00640, section 3).
 
-  Raises:
-    ValueError: no pair was judged on both sides.
+  Where no pair was judged on both sides nothing is known: mean 0 in (-1, 1).
   """
   left = {(r.task, r.trial): r for r in before.rows if r.judged}
   right = {(r.task, r.trial): r for r in after.rows if r.judged}
   keys = sorted(left.keys() & right.keys())
   if not keys:
-    raise ValueError('the two evaluations have no judged task in common')
+    return Paired(n=0, mean=0.0, interval=(-1.0, 1.0), by_cluster={})
   sums: dict[str, float] = collections.defaultdict(float)
   sizes: dict[str, int] = collections.Counter()
   for key in keys:

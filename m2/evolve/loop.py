@@ -302,7 +302,8 @@ def check_curriculum(config: m2_config.RunConfig) -> None:
   """Refuses settings under which there is no mixture to edit.
 
   Raises:
-    ValueError: no list of skills, or data that is not the tasks.
+    ValueError: no list of skills, data that is not the tasks, or evaluations
+      too small to ask for every skill.
   """
   if len(config.tasks.skills) < 2:
     raise ValueError(
@@ -314,6 +315,19 @@ def check_curriculum(config: m2_config.RunConfig) -> None:
       f'data.source={config.data.source!r}: a round fine-tunes on the '
       "demonstrations of the curriculum; set data.source='tasks'"
     )
+  asked = {
+    'evolve.dev_tasks': config.evolve.dev_tasks,
+    'evolve.gate_tasks': config.evolve.gate_tasks,
+  }
+  if config.stages:
+    asked['stages.test_tasks'] = config.stages.test_tasks
+  skills = len(sealed.skills(config))
+  for name, count in asked.items():
+    if count < skills:
+      raise ValueError(
+        f'{name}={count} is below the {skills} skills of tasks.skills: each '
+        'needs a task at least'
+      )
 
 
 def with_tokenizer(

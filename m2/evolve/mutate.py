@@ -70,9 +70,9 @@ class Rule:
 
 
 # Path pattern -> bounds; '*' stands for one existing key of that section.
-# Weights have no unit: `_check_mixture` bounds their step, on shares.
+# Weights have no unit: `_check_mixture` bounds their shares.
 RULES: dict[str, Rule] = {
-  'tasks.skills.*': Rule(float, 1e-3, 1e3),
+  'tasks.skills.*': Rule(float, 0.0, math.inf),
   'tasks.difficulty_min': Rule(int, 0, 4, step=1),
   'tasks.difficulty_max': Rule(int, 0, 4, step=1),
 }

@@ -108,8 +108,10 @@ def observe(
   for skill in skills:
     records[skill] = _skill_record(skill, rows[skill])
     if not records[skill].n:
+      asked = len(rows[skill])
+      fix = 'their evidence says why' if asked else 'raise evolve.dev_tasks'
       raise ValueError(
-        f'{dev}: no judged episode of {skill!r}; raise evolve.dev_tasks'
+        f'{dev}: of {asked} episodes of {skill!r} none has a verdict; {fix}'
       )
   masked = sum(not row.judged for row in report.rows)
   return RunReport(records, tuple(_readings(checkpoint)), masked)
@@ -228,7 +230,9 @@ def _from_introspection(
       for name, layers in record['update_ratio'].items()
       for value in (layers if isinstance(layers, list) else [layers])
     ]
-    (low, _), (high, group) = min(values), max(values)
+    # One that is not a number comes last, as the largest.
+    values.sort(key=lambda pair: (math.isnan(pair[0]), pair[0]))
+    (low, _), (high, group) = values[0], values[-1]
     healthy = low >= _UPDATE_RANGE[0] and high <= _UPDATE_RANGE[1]
     add('update_ratio', f'{low:.1e} to {high:.1e}, largest in {group}', healthy)
   return found
@@ -239,8 +243,11 @@ def _from_metrics(
 ) -> list[Reading]:
   found = []
   for name in _CITED:
+    # Null stands for a value that was not finite.
     values = [
-      row[name] for row in rows if isinstance(row.get(name), int | float)
+      math.nan if row[name] is None else row[name]
+      for row in rows
+      if name in row
     ]
     if not values:
       continue

@@ -46,7 +46,9 @@ def stage(
     'tokens': observe.trained_tokens(folder),
     'peak_bytes': max(made.peak_bytes, asked.peak_bytes),
     **score(gate.only(report, skills)),
-    'skills': {name: score(parts[name]) for name in sorted(skills)},
+    'skills': {
+      name: score(gate.only(report, [name])) for name in sorted(skills)
+    },
     'held_out': {
       name: score(part) for name, part in parts.items() if name not in skills
     },

@@ -52,7 +52,7 @@ def collect(workdir: pathlib.Path) -> page.Run:
   ledgers = _read_lines(workdir, 'ledger.jsonl', unreadable)
   evaluations = {
     _folder(workdir, path): _read_object(path)
-    for path in sorted(workdir.rglob('eval.json'))
+    for path in sorted(workdir.rglob('eval.json'), key=_written)
   }
   path = workdir / 'results.json'
   results = _read_object(path) if path.exists() else {}
@@ -88,7 +88,7 @@ def _read_lines(
 ) -> dict[str, list[dict[str, Any]]]:
   """Rows of every `filename`, by folder, the first one written first."""
   found = {}
-  for path in sorted(workdir.rglob(filename), key=lambda p: p.stat().st_mtime):
+  for path in sorted(workdir.rglob(filename), key=_written):
     rows = []
     for line in path.read_bytes().splitlines():
       try:
@@ -103,6 +103,10 @@ def _read_lines(
     if rows:
       found[_folder(workdir, path)] = rows
   return found
+
+
+def _written(path: pathlib.Path) -> float:
+  return path.stat().st_mtime
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -142,7 +146,8 @@ def _skills(stages: Sequence[Mapping[str, Any]]) -> Iterator[page.Chart]:
     return
   names = sorted(
     {name for arm in arms for name in arm['skills']},
-    key=lambda name: arms[0]['skills'].get(name, {'rate': 0.0})['rate'],
+    # Without a verdict there is no rate.
+    key=lambda name: arms[0]['skills'].get(name, {}).get('rate') or 0.0,
   )
   groups = [
     {

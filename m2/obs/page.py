@@ -89,8 +89,8 @@ def embed(value: Any) -> str:
   return out.replace('<', '\\u003c').replace('>', '\\u003e')
 
 
-def percent(value: float) -> str:
-  return f'{100 * value:.1f}%'
+def percent(value: float | None) -> str:
+  return '-' if value is None else f'{100 * value:.1f}%'
 
 
 def interval(ends: Sequence[float]) -> str:

@@ -87,7 +87,7 @@ class Tracer:
       self.close()
     asked = self._workdir / 'trace'
     if self._until is None and asked.exists():
-      asked.unlink()
+      asked.unlink(missing_ok=True)  # another host may have been quicker
       self._start(str(self._workdir / 'traces' / str(step)))
       self._until = step + TRACED_STEPS
 

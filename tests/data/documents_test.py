@@ -8,6 +8,10 @@ from m2.data import documents, sources, tokenizer
 TEXT = 'some text to learn from [e~['
 
 
+def _call(calls):
+  return {'messages': [{'role': 'assistant', 'tool_calls': calls}]}
+
+
 class DocumentsTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -60,6 +64,9 @@ class DocumentsTest(parameterized.TestCase):
     ({'tokens': ['a']}, 'tokens must be'),
     ({'tokens': [1.5]}, 'tokens must be'),
     ({'tokens': [1], 'weights': [float('nan')]}, 'finite'),
+    ({'tokens': [1], 'weights': [1e300]}, 'finite'),
+    (_call(3), r'messages\[0\].*tool_calls=3: expected a list'),
+    (_call({'name': 'f'}), 'expected a list'),
     ({'tokens': 3}, 'tokens must be'),
   )
   def test_a_broken_row_is_named(self, row, error):
@@ -74,6 +81,8 @@ class DocumentsTest(parameterized.TestCase):
     self.assertIn('user\na', texts)
     with self.assertRaisesRegex(ValueError, 'r: ready tokens'):
       documents.plain({'tokens': [1]}, 'r')
+    with self.assertRaisesRegex(ValueError, r'^r: .*surrogates'):
+      documents.plain({'text': 'a\ud800'}, 'r')
 
 
 if __name__ == '__main__':

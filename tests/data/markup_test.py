@@ -91,6 +91,52 @@ class ToolsTest(parameterized.TestCase):
     self.assertEqual(tools['f'].required, ('a',))
     self.assertTrue(tools['f'].closed)
 
+  def test_follows_references_and_reads_listed_values(self):
+    (tool,) = markup.read_tools(
+      [
+        {
+          'name': 'f',
+          'parameters': {
+            '$defs': {
+              'a/b': {'type': 'object'},
+              'Mode': {'enum': ['on', 3]},
+              'Tree': {'anyOf': [{'$ref': '#/$defs/Tree'}, {'type': 'array'}]},
+              'Self': {'$ref': '#/$defs/Self'},
+            },
+            'properties': {
+              'a': {'$ref': '#/$defs/a~1b'},
+              'b': {'allOf': [{'$ref': '#/$defs/Mode'}], 'default': 'on'},
+              'c': {'$ref': '#/$defs/Tree'},
+              'd': {'$ref': '#/$defs/Self'},
+              'e': {'$ref': '#/$defs/none'},
+              'f': {'$ref': 'https://example.org/schema'},
+              'g': {'enum': [1, 2.5, True, None]},
+              'h': {'const': [1]},
+              'i': {'properties': {}},
+              'j': {'items': {'type': 'string'}},
+              'k': {'enum': None},
+            },
+          },
+        }
+      ]
+    ).values()
+    self.assertEqual(
+      tool.kinds,
+      {
+        'a': {'object'},
+        'b': {'string', 'integer'},
+        'c': {'array'},
+        'd': {'unknown'},
+        'e': {'unknown'},
+        'f': {'unknown'},
+        'g': {'integer', 'number', 'boolean', 'null'},
+        'h': {'array'},
+        'i': {'object'},
+        'j': {'array'},
+        'k': {'string'},
+      },
+    )
+
   @parameterized.parameters(
     ({'type': 'function'},),
     ({'function': {'name': 3}},),

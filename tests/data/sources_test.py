@@ -56,6 +56,30 @@ class SourcesTest(parameterized.TestCase):
     source = sources.make('jsonl', str(self.write('a.jsonl', lines)))
     self.assertEqual([row['text'] for row in source], texts)
 
+  def test_blank_lines_of_any_length(self):
+    blank = b' ' * 100 + b'\t\r\n' + b' ' * (2 * sources._SCAN) + b'\n'
+    zero = b'\0' * 3 + b'\n'
+    path = self.write('a.jsonl', blank + b'{"text": "a"}\n' + zero + blank)
+    source = sources.make('jsonl', str(path))
+    self.assertLen(source, 2)
+    self.assertEqual(source[0]['text'], 'a')
+    with self.assertRaisesRegex(ValueError, 'line 4'):
+      source[1]  # zeros are no blanks: a file that was cut by a crash
+    for end in range(-2, 3):  # a line that ends where a read does
+      line = json.dumps({'text': 'x'}).ljust(sources._SCAN + end).encode()
+      path = self.write('b.jsonl', line + b'\n{"text": "y"}\n')
+      self.assertLen(sources.make('jsonl', str(path)), 2)
+
+  def test_a_byte_order_mark_is_no_text(self):
+    path = self.write('a.jsonl', b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}')
+    self.assertEqual(sources.make('jsonl', str(path))[0]['text'], 'a')
+    path = self.write('a.txt', b'\xef\xbb\xbfa')
+    self.assertEqual(sources.make('files', str(path))[0]['text'], 'a')
+
+  def test_a_name_that_looks_like_a_glob(self):
+    path = self.write('a[1].jsonl', '{"text": "a"}')
+    self.assertLen(sources.make('jsonl', str(path)), 1)
+
   def test_array_records(self):
     rows = [{'text': str(i)} for i in range(5)]
     path = self.records(

@@ -130,6 +130,18 @@ class GuardTest(parameterized.TestCase):
       for n in range(12)
     ),
     'SELECT count(*) FROM sqlite_master AS a' + ';SELECT 1' * 900,
+    # Short scripts that sqlite would read for hours: nothing executes yet.
+    'WITH c0 AS (SELECT 1 AS i)'
+    + ''.join(
+      f', c{i + 1} /**/ as/**/ not materialized (SELECT 1 AS i FROM c{i}, c{i} '
+      'UNION ALL SELECT 2)'
+      for i in range(30)
+    )
+    + ' SELECT count(*) FROM c30',
+    'CREATE TABLE spare(g0 INT'
+    + ''.join(f', g{i + 1} AS (g{i}+g{i})' for i in range(30))
+    + ')',
+    'ALTER TABLE note ADD COLUMN g GENERATED ALWAYS AS (id + id)',
   )
   def test_refused_and_nothing_stays(self, script):
     db = sql_database.Database(
@@ -208,7 +220,7 @@ class AnswerTest(absltest.TestCase):
     drop = f'ALTER TABLE {name} DROP COLUMN {column}'
     for script, error in (
       (f'{drop};{add} COLLATE NOCASE', 'wrong_extras'),
-      (f'ALTER TABLE {name} ADD COLUMN spare AS (id*2)', 'wrong_columns'),
+      (f'ALTER TABLE {name} ADD COLUMN spare AS (id*2)', 'hidden_error'),
       ('CREATE TABLE sqlitespare(a)', 'extra_table'),
     ):
       self.check_wrong(task, script, error=error)
@@ -225,6 +237,25 @@ class AnswerTest(absltest.TestCase):
     name = index.split()[2]
     again = index.replace(f'INDEX {name}', 'INDEX mine')
     self.check_wrong(task, f'DROP INDEX {name};{again}', error='wrong_exact')
+
+  def test_a_key_that_numbers_no_rows_is_another_key(self):
+    task = sql.generate('retype_rebuild', 0, 'dev', 'h0')
+    script = sql.script_of(task).replace('PRIMARY KEY', 'PRIMARY KEY DESC')
+    verdict = sql.verify(task, [script])
+    self.assertEqual(verdict.error_class, 'wrong_indices')
+
+  def test_rows_that_stay_keep_their_ids_where_others_have_any(self):
+    task = sql.generate('merge_tables', 0, 'dev', 'h0')
+    (name,) = task.data['keyless']
+    twin = sql.script_of(task).split()[-1]
+    self.check_wrong(task, f'UPDATE {name} SET id=id+1000', error='wrong_ids')
+    self.check_wrong(task, f'UPDATE {name} SET id=-id', error='wrong_ids')
+    first, rest = task.data['gold'][0], task.data['gold'][1]
+    columns = first.split('(')[1].split(')')[0]
+    far = (
+      f'INSERT INTO {name}(id,{columns}) SELECT id+500,{columns} FROM {twin}'
+    )
+    self.assertTrue(sql.verify(task, [far, rest]).passed)
 
   def test_duplicates_are_always_there_to_delete(self):
     for seed in range(200):
@@ -263,6 +294,12 @@ class SplitTest(absltest.TestCase):
   def test_unknown_names_are_named(self):
     with self.assertRaisesRegex(ValueError, 'tasks.skills.fly'):
       tasks.Stream(config.TasksConfig(skills=(('fly', 1.0),)), 'train', 0)
+    hard = config.TasksConfig(difficulty_max=sql.HARDEST)
+    for index in range(30):
+      tasks.Stream(hard, 'train', index)[0]
+    harder = config.TasksConfig(difficulty_max=sql.HARDEST + 1)
+    with self.assertRaisesRegex(ValueError, 'difficulty_max=19: the hardest'):
+      tasks.Stream(harder, 'train', 0)
     with self.assertRaisesRegex(ValueError, "family='law'"):
       tasks.family('law')
 
@@ -283,6 +320,14 @@ class MixtureTest(absltest.TestCase):
     self.assertEqual(stream[7], stream[7])
     share = [stream[i].skill for i in range(400)].count('add_col') / 400
     self.assertBetween(share, 0.65, 0.85)
+
+  def test_no_skill_is_left_out_where_there_is_room(self):
+    weights = {'add_col': 100.0, 'rename_col': 1.0, 'drop_col': 0.1}
+    mixture = config.TasksConfig(skills=tuple(weights.items()))
+    for count, skills in ((1, 1), (3, 3), (10, 3)):
+      drawn = tasks.sample(mixture, 'dev', count, 0)
+      self.assertLen(drawn, count)
+      self.assertLen({task.skill for task in drawn}, skills)
 
   def test_demonstrations_solve_their_tasks(self):
     mixture = config.TasksConfig(retry_demos=0.5)

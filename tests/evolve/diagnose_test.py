@@ -1,6 +1,7 @@
 """The diagnosis names the planted weakness and cites what can be looked up."""
 
 import json
+import math
 import pathlib
 
 from absl.testing import absltest, parameterized
@@ -109,6 +110,9 @@ class DiagnoseTest(parameterized.TestCase):
     found = [r for s in SKILLS[1:] for r in rows(s, 9, 1)]
     with self.assertRaisesRegex(ValueError, "'add_col'.*evolve.dev_tasks"):
       self.observe(found)
+    found += rows('add_col', 0, 5, judged=False)
+    with self.assertRaisesRegex(ValueError, "of 5 episodes of 'add_col' none"):
+      self.observe(found)
 
   def test_skills_outside_the_curriculum_are_left_alone(self):
     found = [r for s in SKILLS for r in rows(s, 9, 1)]
@@ -187,6 +191,23 @@ class ReadingsTest(parameterized.TestCase):
     found = self.readings()
     self.assertIn('2 over the last 10 of 100 lines', found['ce'].value)
     self.assertFalse(found['clipped'].healthy)
+
+  def test_what_is_not_finite_is_not_healthy(self):
+    self.write(
+      self.rl,
+      'metrics.jsonl',
+      *({'step': n, 'ce': 2.0} for n in range(1, 91)),
+      *({'step': n, 'ce': None} for n in range(91, 101)),
+    )
+    self.write(
+      self.rl,
+      'introspection.jsonl',
+      {'step': 1, 'update_ratio': {'attn': [1e-3], 'experts': [math.nan]}},
+    )
+    found = self.readings()
+    self.assertFalse(found['ce'].healthy)
+    self.assertFalse(found['update_ratio'].healthy)
+    self.assertIn('largest in experts', found['update_ratio'].value)
 
   def test_runs_that_start_from_each_other_end(self):
     config = {'checkpoint': {'init_from': str(self.rl)}}

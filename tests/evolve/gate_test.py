@@ -135,6 +135,17 @@ class RuleTest(GateTestCase):
     self.assertEqual(found.verdict, 'revert')
     self.assertIn('have no verdict', found.reasons[0])
 
+  def test_an_arm_without_any_verdict_is_reverted(self):
+    arm = reports.arm(rates(0.5), COUNTS, np.random.default_rng(0))
+    for lost in ({WEAK}, {next(s for s in COUNTS if s != WEAK)}, set(COUNTS)):
+      rows = [
+        dataclasses.replace(row, judged=row.skill not in lost)
+        for row in arm.rows
+      ]
+      found = gate.decide(arm, reports.report(rows), arm, WEAK, CONFIG)
+      self.assertEqual(found.verdict, 'revert')
+      self.assertTrue(any('have no verdict' in r for r in found.reasons))
+
   def test_arms_must_answer_the_same_tasks(self):
     arm = reports.arm(rates(0.5), COUNTS, np.random.default_rng(0))
     less = reports.report(arm.rows[1:])

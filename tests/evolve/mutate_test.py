@@ -114,6 +114,17 @@ REFUSED = {
 }
 
 
+class ScaleTest(parameterized.TestCase):
+  @parameterized.parameters(1e-9, 1.0, 500.0, 1e9)
+  def test_weights_have_no_unit(self, scale):
+    base = config()
+    for name, weight in base.tasks.skills.to_dict().items():
+      base.tasks.skills[name] = weight * scale
+    old = base.tasks.skills['add_col']
+    edited = mutate.apply_edits(base, [edit(WEIGHT, old, old * 3)])
+    self.assertGreater(mutate.shares(edited)['add_col'], 0.3)
+
+
 class ApplyTest(parameterized.TestCase):
   @parameterized.named_parameters(
     (name, edits) for name, edits in REFUSED.items()

@@ -64,6 +64,17 @@ class DashboardTest(parameterized.TestCase):
     self.assertEqual(kinds, {'lines', 'forest', 'bars', 'heat'})
     self.assertEqual(text.count('data-chart='), len(charts))
 
+  def test_a_skill_without_a_verdict_has_no_rate(self):
+    sample.write(self.workdir)
+    path = self.workdir / 'results.json'
+    results = json.loads(path.read_text())
+    for stage in results['stages']:
+      skill = min(stage['skills'])
+      stage['skills'][skill] |= {'n': 0, 'rate': None, 'interval': [0, 1]}
+    results['stages'][0] |= {'n': 0, 'rate': None, 'interval': [0, 1]}
+    path.write_text(json.dumps(results))
+    self.build()
+
   def test_nothing_is_fetched(self):
     sample.write(self.workdir)
     text, seen = self.build()

@@ -1,6 +1,7 @@
 """Peaks, and traces asked for while a run goes on."""
 
 import pathlib
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -41,6 +42,14 @@ class ProfileTest(parameterized.TestCase):
     self.assertEqual(calls[-1], 'stop')
     tracer.close()
     self.assertLen(calls, 4)
+
+  def test_hosts_that_share_the_folder_may_all_see_the_file(self):
+    workdir = pathlib.Path(self.create_tempdir().full_path)
+    calls = []
+    tracer = profile.Tracer(workdir, calls.append, lambda: None)
+    with mock.patch.object(pathlib.Path, 'exists', return_value=True):
+      tracer.before(1)
+    self.assertLen(calls, 1)
 
 
 if __name__ == '__main__':

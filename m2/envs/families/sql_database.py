@@ -2,8 +2,11 @@
 
 The authoriser and the limits keep a script inside its own small in-memory
 database: no files, no pragmas, no triggers or views, no runaway queries. They
-are guards against wrong and hostile scripts, not a security boundary against
-bugs of sqlite itself.
+count while a statement runs; sqlite cannot be stopped while it reads one, and
+names that stand for expressions of other such names grow there without bound.
+So a script may name one query or expression, `... AS (...)`, and tables have no
+generated columns. All these are guards against wrong and hostile scripts, not
+a security boundary against bugs of sqlite itself.
 """
 
 import re
@@ -53,6 +56,8 @@ QUOTED = re.compile(
   r'|--[^\n]*|/\*.*?\*/',
   re.DOTALL,
 )
+# A common table expression, a window or a generated column.
+NAMED = re.compile(r'\bAS\s*(?:(?:NOT\s+)?MATERIALIZED\s*)?\(', re.I)
 OBJECTS = (
   'SELECT type, name, tbl_name, sql FROM sqlite_master '
   "WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"
@@ -104,25 +109,38 @@ class Database:
     rows: list[tuple[Any, ...]] = []
     self._db.execute('BEGIN')
     try:
+      named = len(NAMED.findall(QUOTED.sub(' ', script)))
+      if named > 1:
+        raise ValueError(f'a script may say AS (...) once, not {named} times')
       for statement in split(script):
         self._own = False
         try:
           rows = self._db.execute(statement).fetchmany(SHOWN)
         finally:
           self._own = True
+        if named:
+          self._refuse_generated()
       self._db.execute('COMMIT')
-    except (sqlite3.Error, ValueError, OverflowError) as error:
+    except (sqlite3.Error, ValueError, OverflowError, MemoryError) as error:
       if self._db.in_transaction:
         self._db.execute('ROLLBACK')
       timeout = 'interrupted' in str(error)
       raise ScriptError(str(error), timeout) from None
     return rows
 
+  def _refuse_generated(self) -> None:
+    for kind, name, *_ in self._db.execute(OBJECTS).fetchall():
+      if kind == 'table':
+        info = self._db.execute(f'PRAGMA table_xinfo({_quote(name)})')
+        if any(column[6] for column in info):
+          raise ValueError('generated columns are not allowed')
+
   def state(self, keyless: tuple[str, ...]) -> dict[str, Any]:
     """Everything that matters: schema and rows, free of spelling and order.
 
     Columns are compared by name, not by place; indices by table, columns and
-    uniqueness, not by name. Tables in `keyless` leave out their `id` values.
+    uniqueness, not by name. Tables in `keyless` leave out their `id` values
+    among `rows`, and have them with the rest of each row in `ids`.
     `exact` is the table to the letter, for those that must not change.
 
     Raises:
@@ -157,14 +175,13 @@ class Database:
       for _, column, kind, notnull, default, key, hidden in info
     )
     links = self._db.execute(f'PRAGMA foreign_key_list({quoted})').fetchall()
-    places = [
-      place
-      for place, row in sorted(enumerate(info), key=lambda item: item[1][1])
-      if not (keyless and row[1] == 'id')
-    ]
+    places = sorted(range(len(info)), key=lambda place: info[place][1])
+    whole = places
+    if keyless:
+      places = [place for place in places if info[place][1] != 'id']
     rows = self._db.execute(f'SELECT * FROM {quoted} NOT INDEXED').fetchall()
     texts = [sql for _, _, table, sql in objects if table == name and sql]
-    return {
+    state = {
       'columns': columns,
       'indices': sorted(self._indices(quoted)),
       'links': sorted((ln[2], ln[3], ln[4] or 'id', *ln[5:]) for ln in links),
@@ -176,12 +193,15 @@ class Database:
       'rows': sorted(repr([row[place] for place in places]) for row in rows),
       'exact': (texts, rows),
     }
+    if keyless:
+      state['ids'] = sorted(repr([row[p] for p in whole]) for row in rows)
+    return state
 
   def _indices(self, quoted: str) -> Iterator[tuple[Any, ...]]:
     listed = self._db.execute(f'PRAGMA index_list({quoted})').fetchall()
-    for _, name, unique, origin, partial in listed:
-      if origin == 'pk':
-        continue
+    # An integer key that is the row's own id has no index: one that has (`id
+    # INTEGER PRIMARY KEY DESC`) takes NULL and numbers no new rows.
+    for _, name, unique, _, partial in listed:
       parts = self._db.execute(f'PRAGMA index_xinfo({_quote(name)})').fetchall()
       # (column, descending, collation) of the keys; the rest is the row's id.
       yield (

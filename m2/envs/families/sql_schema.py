@@ -62,6 +62,8 @@ COLUMNS = (
   'price',
   'label',
 )
+# Each level takes a table and a column more; skills need new names as well.
+HARDEST = min(len(TABLES) - 2, len(COLUMNS) - 5)
 TYPES = ('INT', 'TEXT', 'REAL')
 WORDS = ('ash', 'bay', 'cod', 'dew', 'elm')
 KEY = 'id INTEGER PRIMARY KEY'
