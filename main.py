@@ -6,6 +6,7 @@ Compiled programs are kept for later runs; `JAX_COMPILATION_CACHE_DIR= python
 main.py ...` goes without.
 """
 
+import contextlib
 import importlib
 import os
 import pathlib
@@ -42,26 +43,35 @@ def main(_) -> None:
     os.environ.setdefault(name, value)  # before jax is imported
   try:
     config = settings.RunConfig.from_config(CONFIG.value)
+    if '://' in (WORKDIR.value or ''):
+      raise ValueError(
+        f'--workdir={WORKDIR.value} is no folder of a disk: mount the bucket '
+        '(launch/README.md) and give its folder'
+      )
     rank = join(config.mode)
   except ValueError as error:
     stop(error, 2)
   workdir = pathlib.Path(
     WORKDIR.value or common.workdir(CONFIG.config_filename)
   )
-  workdir.mkdir(parents=True, exist_ok=True)
   kept = workdir / 'config.json'
-  before = kept.read_bytes() if kept.exists() else b''
-  if rank == 0:
-    kept.write_text(CONFIG.value.to_json(indent=2) + '\n')
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    before = kept.read_bytes() if kept.exists() else b''
+    if rank == 0:
+      keep(kept, (CONFIG.value.to_json(indent=2) + '\n').encode())
+  except OSError as error:
+    stop(f'--workdir={workdir}: {error}', 1)
   try:
     run(config, workdir)
   except Exception as error:
-    if rank == 0:  # a refusal leaves no mark
-      kept.write_bytes(before or kept.read_bytes())
     details = workdir / (f'error-{rank}.txt' if rank else 'error.txt')
-    details.write_text(traceback.format_exc())
     ours = type(error).__module__.startswith('m2.')
     refused = isinstance(error, ValueError | NotImplementedError)
+    with contextlib.suppress(OSError):  # the disk may be what failed
+      details.write_text(traceback.format_exc())
+      if rank == 0 and refused and before:  # a refusal leaves no mark
+        keep(kept, before)
     if not ours and not refused and not isinstance(error, OSError):
       traceback.print_exc()  # a bug, not a message to the user
     notes = getattr(error, '__notes__', ())
@@ -121,6 +131,13 @@ def parse(argv: list[str]) -> list[str]:
     stop('give --config=FILE, such as --config=configs/m2.py:tiny', 2)
   logging.set_verbosity(logging.WARNING)
   return left
+
+
+def keep(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file, whole or not at all."""
+  fresh = path.with_name(f'{path.name}.partial')
+  fresh.write_bytes(data)
+  fresh.replace(path)
 
 
 def stop(reason: object, code: int) -> None:

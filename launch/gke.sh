@@ -174,6 +174,7 @@ case $action in
 esac
 if [[ $action == secrets ]]; then check_secrets values; else check_secrets; fi
 needed
+check_bucket
 case $action in
   image) program docker https://docs.docker.com/engine/install ;;
   xpk) program xpk 'pip install xpk, in an environment of its own' ;;

@@ -14,6 +14,7 @@
 #   COORDINATOR       ADDRESS:PORT on host 0 that the others reach
 #   PROCESSES=1       on each host; more than one share out its GPUs
 #   GPUS              of this host, where nvidia-smi does not tell
+#   CUDA_VISIBLE_DEVICES  the GPUs to use; all of them where it is not set
 #   PLATFORM=cuda     cpu tries the same without GPUs
 #   DEVICES           for PLATFORM=cpu: devices of each process
 #
@@ -79,8 +80,9 @@ variables() {
   echo "JAX_NUM_PROCESSES=$total"
   echo "JAX_PROCESS_ID=$((HOST_INDEX * PROCESSES + $1))"
   if [[ $PLATFORM == cuda && $PROCESSES -gt 1 ]]; then
-    local each=$((GPUS / PROCESSES))
-    echo "CUDA_VISIBLE_DEVICES=$(seq -s, $(($1 * each)) $((($1 + 1) * each - 1)))"
+    local each=$((GPUS / PROCESSES)) IFS=,
+    local own=("${gpus[@]:$(($1 * each)):each}")
+    echo "CUDA_VISIBLE_DEVICES=${own[*]}"
   fi
 }
 
@@ -88,7 +90,15 @@ if [[ $total -gt 1 && -z ${COORDINATOR:-} ]]; then
   COORDINATOR=127.0.0.1:$(free_port)
 fi
 if [[ $PLATFORM == cuda && $PROCESSES -gt 1 ]]; then
-  GPUS=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+    GPUS=${#gpus[@]}
+  else
+    GPUS=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+    number GPUS 0
+    # shellcheck disable=SC2207  # numbers, one a line
+    gpus=($(seq 0 $((GPUS - 1))))
+  fi
   [[ $GPUS -gt 0 && $((GPUS % PROCESSES)) == 0 ]] ||
     fail "PROCESSES=$PROCESSES cannot share out GPUS=$GPUS evenly"
 fi
@@ -112,7 +122,7 @@ fi
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 code=0 deadline=''
 while [[ ${#pids[@]} -gt 0 ]]; do
-  sleep 0.5
+  sleep 0.5 || true  # a signal to the whole group ends it, too
   running=()
   for pid in "${pids[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then

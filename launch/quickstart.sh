@@ -4,9 +4,10 @@
 #
 #   bash launch/quickstart.sh --config.seed=1 --workdir=runs/seed1
 #
-# A run that was stopped goes on where it was when called again.
+# --dry-run prints what would be run. A run that was stopped goes on where it was when called again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/env.sh
-exec .venv/bin/python main.py --config=configs/quickstart.py \
-  --workdir=runs/quickstart "$@"
+source launch/steps.sh "$@"
+step bash launch/env.sh
+step exec .venv/bin/python main.py --config=configs/quickstart.py \
+  --workdir=runs/quickstart ${words[@]+"${words[@]}"}

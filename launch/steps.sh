@@ -46,6 +46,12 @@ number() {
     fail "$1='${!1}' is not a whole number from $2 upwards"
 }
 
+# Fails unless BUCKET, if there is one, is a name alone.
+check_bucket() {
+  [[ ${BUCKET:-} =~ ^[A-Za-z0-9._-]*$ ]] ||
+    fail "BUCKET='$BUCKET': give the bucket's name alone, without gs:// or folder"
+}
+
 # Fails unless program $1 is here; a dry run needs none. $2 is how to get it.
 program() {
   [[ $dry == yes ]] || command -v "$1" >/dev/null ||

@@ -154,8 +154,9 @@ run() {
     '{ ! kill -0 $(cat logs/pid) || { echo main.py runs already; false; }; } \
 2>/dev/null')
   for name in ${SECRETS:-}; do  # each host reads them by itself
-    commands+=("export $name=\"\$(gcloud secrets versions access latest \
---secret=$NAME-$name --project=$PROJECT)\"")
+    # Two commands: `export` succeeds whatever becomes of what it is given.
+    commands+=("$name=\"\$(gcloud secrets versions access latest \
+--secret=$NAME-$name --project=$PROJECT)\"" "export $name")
   done
   # M2_HOSTS: jax finds the other hosts by the TPU's metadata server.
   ssh_all "$(all_of "${commands[@]}" "{ M2_HOSTS=auto setsid nohup \
@@ -176,6 +177,7 @@ case $action in
   setup | run | fetch) need BUCKET 'a bucket that keeps the run; no gs://' ;;
 esac
 needed
+check_bucket
 program gcloud https://cloud.google.com/sdk/docs/install
 case $action in
   create)

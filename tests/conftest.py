@@ -43,6 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   items.sort(key=lambda item: item.path not in heavy)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _forget_programs():
+  """Drops a file's programs at its end.
+
+  Each maps memory a dozen times and more, and a process may do so 65,530 times:
+  after that, compiling ends it with a segmentation fault.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def tiny() -> m2_config.ModelConfig:
   """The smallest model with every part of M2: 2 layers, 8 experts, top 2."""

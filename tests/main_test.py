@@ -6,6 +6,7 @@ Wrong settings are in `tests/settings_test.py`.
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import unittest.mock
@@ -117,6 +118,29 @@ class MainTest(parameterized.TestCase):
     self.assertLen(run.stderr.splitlines(), 1)
     self.assertEqual((self.workdir / 'config.json').read_bytes(), kept)
     self.assertIn('Traceback', (self.workdir / 'error.txt').read_text())
+
+  def test_a_run_that_fails_keeps_the_config_it_ran_with(self):
+    workdir = self.folder / 'fails'
+    shutil.copytree(self.workdir, workdir)
+    run = self.main(
+      f'--config=configs/rerun.py:{self.workdir}/config.json',
+      '--config.steps=12',
+      '--config.optim.lr=1e30',
+      workdir=workdir,
+    )
+    self.assertEqual(run.returncode, 1, run.stderr)
+    kept = json.loads((workdir / 'config.json').read_text())
+    self.assertEqual(kept['steps'], 12)
+
+  @parameterized.parameters(
+    ('gs://bucket/run', 2, 'mount the bucket'),
+    ('/proc/none/run', 1, '--workdir=/proc/none/run'),
+  )
+  def test_workdirs_that_are_no_folders(self, workdir, code, named):
+    run = self.main('--config=configs/m2.py:tiny', workdir=workdir)
+    self.assertEqual(run.returncode, code)
+    self.assertIn(named, run.stderr)
+    self.assertLen(run.stderr.splitlines(), 1)
 
 
 if __name__ == '__main__':

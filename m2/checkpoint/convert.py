@@ -51,6 +51,14 @@ def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
     _check_empty(pathlib.Path(target))
   folder = source
   if to_public:
+    if storage.is_url(source) or any(
+      pathlib.Path(source).glob('*.safetensors')
+    ):
+      raise ValueError(
+        f'convert.source={source} is in the public format already, which '
+        'convert.format=hf writes: give the workdir of a run, or set '
+        'convert.format=workdir'
+      )
     source = store.newest(source)
     folder = source.resolve().parents[1]  # of <workdir>/checkpoints/<step>
   files = storage.folder(folder)

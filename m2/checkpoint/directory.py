@@ -269,6 +269,20 @@ def steps_in(folder: pathlib.Path) -> list[int]:
   )
 
 
+def folders(path: str | pathlib.Path) -> list[pathlib.Path]:
+  """Where files may lie that belong to the weights at `path`.
+
+  There, and in the workdir if it is `<workdir>/checkpoints` or a step in it.
+  """
+  path = pathlib.Path(path).resolve()
+  found = [path]
+  if path.name == 'checkpoints':
+    found.append(path.parent)
+  if path.name.isdecimal():
+    found.append(path.parents[1])
+  return found
+
+
 def newest(path: str | pathlib.Path) -> pathlib.Path:
   """The newest step directory of a workdir, checkpoint or step directory.
 

@@ -33,6 +33,7 @@ NAMES = hf_names.NAMES
 
 # Settings that no shape of a tensor shows.
 _MEANING = (
+  'top_k',
   'heads',
   'kv_heads',
   'head_dim',

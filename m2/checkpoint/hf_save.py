@@ -75,14 +75,14 @@ def save(
   Raises:
     ValueError: `dtype` is unknown, leaves are missing, unexpected or of another
       shape, or the format cannot express the model.
-    FileExistsError: something is at `path`, or at `<path>.unfinished` what no
-      save left there.
+    FileExistsError: something is at `path`, be it a mounted disk, or at
+      `<path>.unfinished` what no save left there.
     OSError: a file could not be written; nothing is left at `path`.
   """
   if dtype not in _STORED:
     raise ValueError(f'hf.save: dtype={dtype!r}: choose {", ".join(_STORED)}')
   remote = storage.is_url(path)
-  path = os.fspath(path) if remote else pathlib.Path(path).absolute()
+  path = os.fspath(path) if remote else pathlib.Path(path).resolve()
   _check_free(path, resume)
   small = {'config.json': shards.to_json(hf_config.to_json(cfg, dtype))}
   small |= beside
@@ -110,6 +110,11 @@ def save(
 
 def _check_free(path: str | pathlib.Path, resume: str) -> None:
   if isinstance(path, pathlib.Path):
+    if path.is_mount():
+      raise FileExistsError(
+        f'{path} is a mount point, where no folder can be moved once it is '
+        'whole: give a folder inside it'
+      )
     full = path.exists() and not (path.is_dir() and not any(path.iterdir()))
   else:
     folder = storage.folder(path)

@@ -8,6 +8,7 @@ complete, so a kill at any moment leaves either the whole checkpoint or none.
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -23,9 +24,16 @@ from m2.model import params as model_params
 from m2.parallel import hosts, sharding
 
 CheckpointError = layout.CheckpointError
-newest, read_meta = layout.newest, layout.read_meta
+newest, read_meta, folders = layout.newest, layout.read_meta, layout.folders
 # Fields that change what given weights compute, without changing any shape.
-_MEANING = ('rotary_dim', 'rope_theta', 'norm_eps')
+_MEANING = (
+  'top_k',
+  'min_k',
+  'min_share',
+  'rotary_dim',
+  'rope_theta',
+  'norm_eps',
+)
 
 
 class Restored(NamedTuple):
@@ -51,9 +59,15 @@ class Store:
       keep: newest checkpoints to keep.
 
     Raises:
-      CheckpointError: another process has it open.
+      CheckpointError: another process has it open, or its path holds `*`, `?`
+        or `[...]`, which Orbax reads as a pattern: it would save no values.
     """
     self.directory = pathlib.Path(directory).resolve()
+    if glob.has_magic(str(self.directory)):
+      raise CheckpointError(
+        f'{self.directory}: checkpoints cannot be saved below a name with *, ? '
+        'or [...]; rename it, or give another --workdir'
+      )
     self.directory.mkdir(parents=True, exist_ok=True)
     self._lock = _take_lock(self.directory / '.lock')
     with layout.quiet():

@@ -1,6 +1,7 @@
 """One run: which sections its mode has, and how a ConfigDict becomes one."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -100,8 +101,8 @@ class RunConfig(base.Settings):
           errors.append(str(error))
     if self.steps <= 0:
       errors.append(f'steps={self.steps} must be positive')
-    if self.seed < 0:
-      errors.append(f'seed={self.seed} must not be negative')
+    if not 0 <= self.seed < 2**31:  # jax.random.key takes 32 bits
+      errors.append(f'seed={self.seed} is not in [0, 2**31)')
     if errors:
       return
     if self.data and self.optim and self.data.batch % self.optim.accumulate:
@@ -176,12 +177,15 @@ def _freeze_weights(
   value: Any, path: str, errors: list[str]
 ) -> tuple[tuple[str, float], ...]:
   """A name -> weight mapping becomes sorted pairs."""
-  pairs = value.items() if isinstance(value, dict) else value
+  if isinstance(value, tuple):  # as in a section that is frozen already
+    value = dict(value)
+  if not isinstance(value, dict):
+    errors.append(f'{path}={value!r}: expected names with their weights')
+    return ()
   frozen = []
-  for pair in pairs:
-    name, weight = pair
-    if type(name) is not str or type(weight) not in (int, float):
-      errors.append(f'{path}.{name}={weight!r}: expected a number')
+  for name, weight in value.items():
+    if type(weight) not in (int, float) or not math.isfinite(weight):
+      errors.append(f'{path}.{name}={weight!r}: expected a finite number')
       continue
     frozen.append((name, float(weight)))
   return tuple(sorted(frozen))

@@ -89,18 +89,17 @@ def tokenizer(start: str) -> tokenizers.Tokenizer:
 
   Args:
     start: a workdir, a directory of checkpoints, one step of it, or a Hugging
-      Face model directory; it or a folder above holds `tokenizer.json`.
+      Face model directory; `tokenizer.json` lies there or in the workdir.
 
   Raises:
     ValueError: there is none; names where it was looked for.
   """
-  path = pathlib.Path(start).resolve()
-  looked = [path, *path.parents[:2]]
+  looked = store.folders(start)
   for folder in looked:
     if (folder / 'tokenizer.json').is_file():
       return tokenizers.load(folder)
   raise ValueError(
-    f'checkpoint.init_from={start!r}: no tokenizer.json there, nor in '
-    f'{" or ".join(str(folder) for folder in looked[1:])}; copy the one that '
-    'the weights were trained with'
+    f'checkpoint.init_from={start!r}: no tokenizer.json in '
+    f'{" or ".join(map(str, looked))}; copy the one that the weights were '
+    'trained with'
   )

@@ -18,6 +18,7 @@ from m2.train import state as train_state
 FIXED = ('mode', 'seed', 'model', 'data', 'tasks', 'prompt')
 FIXED_LEAVES = (
   'optim.name',
+  'optim.moment',
   'optim.train_only',
   'forge.group_size',  # the window holds finished groups, as they were played
   'forge.replay',
@@ -46,8 +47,7 @@ def data_config(config: settings.RunConfig) -> settings.DataConfig:
       f'checkpoint.init_from={start} is no path on this disk: copy its '
       'tokenizer.json here and name it in data.tokenizer'
     )
-  path = pathlib.Path(start)
-  for folder in (path, *path.resolve().parents[:2]):
+  for folder in store.folders(start):
     if (folder / 'tokenizer.json').is_file():
       tree = settings.to_config(config.data).to_dict()
       tree['tokenizer'] = str(folder / 'tokenizer.json')
@@ -79,7 +79,8 @@ def begin(
       start from belong to another tokenizer.
   """
   on_corrupt = config.checkpoint.on_corrupt
-  if checkpoints.agreed_steps():
+  if steps := checkpoints.agreed_steps():
+    _check_same(checkpoints.directory / str(steps[-1]), run_note)
     abstract = train_state.abstract(config.model, mesh, optimizer)
     restored = checkpoints.restore(abstract, batches, on_corrupt=on_corrupt)
     for line in changes(restored.extra, run_note, str(checkpoints.directory)):
@@ -95,6 +96,15 @@ def begin(
   key = jax.random.key(config.seed)
   state = train_state.create(config.model, key, mesh, optimizer)
   return store.Restored(state, 0, {})
+
+
+def _check_same(step: pathlib.Path, run_note: dict[str, Any]) -> None:
+  """Names settings of another run, before their arrays fail to fit."""
+  try:
+    before = store.read_meta(step)['extra']
+  except store.CheckpointError:
+    return  # whether an older one may be read instead is for `restore` to say
+  changes(before, run_note, str(step.parent))
 
 
 def changes(

@@ -1,16 +1,20 @@
 """Being asked to stop: SIGTERM of a preemption, SIGINT of a user.
 
 The first signal only leaves a mark, which the loop looks at between steps: it
-saves and raises `Stopped`. The second one has its usual effect.
+saves and raises `Stopped`. The second one has its usual effect, unless it comes
+at once: Ctrl-C reaches a launcher and its processes alike, and the launcher
+passes it on.
 """
 
 import os
 import signal
+import time
 import types
 
 from m2.parallel import hosts
 
 _ASKING = (signal.SIGTERM, signal.SIGINT)
+_SAME = 2.0  # seconds within which a second signal is the first, passed on
 
 
 class Stopped(SystemExit):
@@ -30,7 +34,7 @@ class Signals:
 
   def __init__(self):
     """Nothing is caught before `with`."""
-    self.raised = 0
+    self.raised, self._came = 0, 0.0
 
   def __enter__(self) -> 'Signals':
     """Begins to catch."""
@@ -45,10 +49,13 @@ class Signals:
       signal.signal(one, handler)
 
   def _mark(self, number: int, _: types.FrameType | None) -> None:
-    self.raised = number
-    for one in _ASKING:
-      signal.signal(one, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if self.raised:
+      if time.monotonic() - self._came > _SAME:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(number)
+      return
+    self.raised, self._came = number, time.monotonic()
     # Not `print`: the signal may have come in the middle of one.
     said = f'{signal.Signals(number).name}: stops after this step and a save'
     os.write(2, f'{said}; a second signal stops at once\n'.encode())

@@ -187,6 +187,8 @@ class ConvertTest(parameterized.TestCase):
       self.run_mode(self.folder, target)
     with self.assertRaises(FileNotFoundError):
       self.run_mode(self.folder, target, format='workdir')
+    with self.assertRaisesRegex(ValueError, 'in the public format already'):
+      self.run_mode(FP8, target)
     self.assertFalse(target.exists())
 
   @parameterized.parameters(

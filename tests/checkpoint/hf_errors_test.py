@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import safetensors.numpy
@@ -148,8 +150,13 @@ class LoadErrorsTest(hf_test.FilesTest):
   def test_config_that_means_another_function(self):
     """Heads and widths that tensors do not tell apart."""
     cfg = hf.config(hf_test.DATA / 'one_kv_head')
-    cfg = dataclasses.replace(cfg, head_dim=24, heads=2, rope_theta=1e4)
-    pattern = 'model.heads=2 but it has 3.*head_dim=24.*rope_theta=10000'
+    cfg = dataclasses.replace(
+      cfg, top_k=1, min_k=1, head_dim=24, heads=2, rope_theta=1e4
+    )
+    pattern = (
+      'model.top_k=1 but it has 2.*model.heads=2 but it has 3.*head_dim=24.*'
+      'rope_theta=10000'
+    )
     self.check(hf_test.DATA / 'one_kv_head', pattern, cfg=cfg)
 
   def test_dtype(self):
@@ -169,6 +176,21 @@ class SaveTest(hf_test.FilesTest):
     with self.assertRaisesRegex(FileExistsError, 'full is there already'):
       hf.save(hf_test.draw(cfg, seed=1), target, cfg)
     self.assertEqual(hf_test.stored(target), before)
+
+  def test_a_link_to_an_empty_folder_is_followed(self):
+    cfg = hf_test.small()
+    folder, link = self.folder / 'real', self.folder / 'link'
+    folder.mkdir()
+    link.symlink_to(folder)
+    hf.save(hf_test.draw(cfg), link, cfg, resume='x')
+    self.assertEqual(hf.config(folder).layers, cfg.layers)
+
+  def test_a_mounted_disk_is_refused_before_anything_is_written(self):
+    cfg = hf_test.small()
+    with mock.patch.object(pathlib.Path, 'is_mount', return_value=True):
+      with self.assertRaisesRegex(FileExistsError, 'disk is a mount point'):
+        hf.save(hf_test.draw(cfg), self.folder / 'disk', cfg)
+    self.assertEmpty(list(self.folder.iterdir()))
 
   def test_a_failure_leaves_nothing(self):
     cfg = hf_test.small()

@@ -113,6 +113,13 @@ class StoreTest(parameterized.TestCase):
       assert_same(second, saved.restore(abstract, None).state)
       assert_same(first, saved.restore(abstract, None, step=2).state)
 
+  @parameterized.parameters('lr[1e-3]', 'a*', 'b?c')
+  def test_paths_that_orbax_reads_as_patterns_are_refused(self, name):
+    with self.assertRaisesRegex(
+      store.CheckpointError, 'give another --workdir'
+    ):
+      store.Store(f'{self.create_tempdir().full_path}/{name}/checkpoints')
+
   def test_one_process_at_a_time(self):
     folder = self.folder()
     with store.Store(folder):
@@ -303,6 +310,9 @@ class LoadParamsTest(parameterized.TestCase):
     assert_same(found['blocks'], self.state.params['blocks'])
 
   def test_a_model_that_computes_otherwise_is_refused(self):
+    fewer = dataclasses.replace(self.model, top_k=1, min_k=1)
+    with self.assertRaisesRegex(store.CheckpointError, 'top_k is 2 .* 1 here'):
+      store.load_params(self.workdir, fewer)
     other = dataclasses.replace(self.model, rope_theta=1e4)
     with self.assertRaisesRegex(
       store.CheckpointError, 'rope_theta is 5000000.0 there and 10000.0 here'

@@ -1,12 +1,13 @@
 """What tpu_vm.sh tells its hosts, and gpu.sh its processes, really done."""
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import time
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from tests.launch import project
 
@@ -23,7 +24,8 @@ class TpuVmTest(project.Project):
       self.programs / 'gcloud',
       '#!/bin/bash\nfor word; do case $word in\n'
       '  --command=*) cd "$HOST_FOLDER" && exec bash -c "${word#*=}" ;;\n'
-      f'  --secret=*) printf %s "{project.SECRET}-${{word#*=}}" ;;\n'
+      '  --secret=*) [[ -z ${DENIED:-} ]] || exit 1\n'
+      f'    printf %s "{project.SECRET}-${{word#*=}}" ;;\n'
       '  exp1:*) cp "$packed" "$HOST_FOLDER/${word#*:}" ;;\n'
       '  *.tar.gz) packed=$word ;;\n'
       'esac; done\n',
@@ -64,6 +66,12 @@ class TpuVmTest(project.Project):
     self.assertIn('main.py runs already', again.stdout)
     self.assertEqual(self.act('stop').returncode, 0)
     self.eventually('saved')
+
+  def test_without_a_secret_nothing_starts(self):
+    (self.host / 'm2-jax').mkdir()
+    run = self.act('run', *project.RUN, DENIED='yes')
+    self.assertNotEqual(run.returncode, 0)
+    self.assertFalse(self.record.exists())
 
   def test_without_the_bucket_nothing_starts(self):
     (self.host / 'bucket').rmdir()
@@ -116,6 +124,12 @@ class GpuTest(project.Project):
     self.assertEqual(ranks, [str(i) for i in range(8)])
     self.assertEqual(devices, ['0,1', '2,3', '4,5', '6,7'] * 2)
 
+  def test_only_the_gpus_that_are_visible_are_shared_out(self):
+    given = {'CUDA_VISIBLE_DEVICES': '4,GPU-5a,6,7', 'PROCESSES': '2'}
+    shown = self.call('gpu.sh', '--dry-run', *project.RUN, **given).stdout
+    devices = re.findall(r'CUDA_VISIBLE_DEVICES=(\S+)', shown)
+    self.assertEqual(devices, ['4,GPU-5a', '6,7'])
+
   def test_one_process_needs_no_coordinator(self):
     self.assertNotIn(
       'JAX_', self.call('gpu.sh', '--dry-run', *project.RUN).stdout
@@ -134,23 +148,28 @@ class GpuTest(project.Project):
     self.assertLess(time.monotonic() - start, 20)
     self.assertRegex(run.stderr, r'process \d+ ended with 7')
 
-  def test_a_signal_reaches_the_processes_and_is_waited_for(self):
+  @parameterized.parameters(
+    (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)
+  )
+  def test_a_signal_reaches_the_processes_and_is_waited_for(self, number, all):
+    """`all`: Ctrl-C and some schedulers signal the whole process group."""
     self.program(
       self.folder / '.venv/bin/python',
-      '#!/bin/bash\ntrap \'echo saved >>"$RECORD"; exit 0\' TERM\n'
+      '#!/bin/bash\ntrap \'sleep 1; echo saved >>"$RECORD"; exit 0\' TERM\n'
       'echo up >>"$RECORD"\nfor ((i = 0; i < 500; i++)); do sleep 0.1; done\n',
     )
     run = subprocess.Popen(
       ['bash', self.folder / 'launch' / 'gpu.sh', *project.RUN],
       env=self.environment(PLATFORM='cpu', PROCESSES='2'),
       stderr=subprocess.DEVNULL,
+      start_new_session=True,
     )
     end = time.monotonic() + 20
     while time.monotonic() < end:
       if self.record.exists() and self.record.read_text().count('up') == 2:
         break
       time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, number) if all else run.send_signal(number)
     self.assertEqual(run.wait(timeout=20), 0)
     self.assertEqual(self.recorded().count('saved'), 2)
 

@@ -42,6 +42,8 @@ CALLS = (
   ('gpu.sh', project.RUN, {'PLATFORM': 'cpu', 'DEVICES': '3'}),
   ('gpu.sh', project.RUN, project.GPUS | {'PROCESSES': '2'}),
   ('rl.sh', ['local', *project.RUN], {'PLATFORM': 'cpu'}),
+  ('quickstart.sh', ['--config.seed=1', project.ODD], {}),
+  ('quickstart.sh', [], {}),
 )  # fmt: skip
 # Script, arguments, variables, and variable -> what shows that it was heard.
 HEARD = (
@@ -137,6 +139,13 @@ WRONG = (
   ('gke.sh', ['apply', *project.RUN], GKE | {'NAME': 'a"b'}, 'NAME='),
   ('gke.sh', ['apply'], GKE, 'apply what?'),
   ('gke.sh', ['xpk', *project.RUN], XPK | {'SECRETS': 'A'}, 'use apply'),
+  (
+    'gke.sh',
+    ['apply', *project.RUN],
+    GKE | {'BUCKET': 'gs://b'},
+    "BUCKET='gs://b': give the bucket's name",
+  ),
+  ('tpu_vm.sh', ['fetch'], project.TPU_VM | {'BUCKET': 'b/c'}, "BUCKET='b/c'"),
   ('gpu.sh', project.RUN, {'PLATFORM': 'gpu'}, 'PLATFORM=gpu: choose'),
   ('gpu.sh', project.RUN, project.GPUS | {'HOST_INDEX': '2'}, 'HOST_INDEX=2'),
   ('gpu.sh', project.RUN, {'PROCESSES': '3', 'GPUS': '8'}, 'evenly'),

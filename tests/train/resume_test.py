@@ -3,9 +3,11 @@
 import copy
 import pathlib
 
+import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
 from m2 import config as settings
+from m2.checkpoint import store
 from m2.data import tokenizer
 from m2.train import resume
 from tests.train import small, worker
@@ -34,6 +36,7 @@ class ChangesTest(parameterized.TestCase):
     ('data.batch', 4),
     ('data.workers', 1),
     ('optim.name', 'muon'),
+    ('optim.moment', 'bfloat16'),
     ('optim.train_only', 'mtp'),
   )
   def test_another_run_is_refused(self, path, value):
@@ -68,6 +71,17 @@ class ChangesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'data.tokenizer was'):
       resume.changes(self.note, other, 'here')
 
+  def test_settings_are_compared_before_arrays(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    now = copy.deepcopy(self.note)
+    now['config']['optim']['name'] = 'muon'
+    with store.Store(folder) as checkpoints:
+      params = {'params': {'w': jnp.ones(3)}}
+      checkpoints.save(params, None, step=1, extra=self.note)
+      checkpoints.wait()
+      with self.assertRaisesRegex(ValueError, "optim.name was 'adamw'"):
+        resume.begin(small.run_config(), None, None, checkpoints, None, now)
+
 
 class TokenizerTest(parameterized.TestCase):
   @parameterized.parameters('', 'checkpoints', 'checkpoints/4')
@@ -80,6 +94,13 @@ class TokenizerTest(parameterized.TestCase):
     path = pathlib.Path(found.tokenizer)
     self.assertTrue(path.samefile(start / 'tokenizer.json'))
     self.assertEqual(found.batch, cfg.data.batch)
+
+  def test_a_public_models_neighbours_are_not_asked(self):
+    above = pathlib.Path(self.create_tempdir().full_path)
+    (above / 'model').mkdir()
+    (above / 'tokenizer.json').write_text('{}')
+    cfg = small.run_config(checkpoint={'init_from': str(above / 'model')})
+    self.assertEqual(resume.data_config(cfg).tokenizer, '')
 
   def test_a_tokenizer_that_is_named_comes_first(self):
     start = pathlib.Path(self.create_tempdir().full_path)
