@@ -4,7 +4,8 @@
 #
 #   bash launch/quickstart.sh --config.seed=1 --workdir=runs/seed1
 #
-# --dry-run prints what would be run. A run that was stopped goes on where it was when called again.
+# --dry-run prints what would be run. A run that was stopped goes on where it was
+# when called again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/steps.sh "$@"

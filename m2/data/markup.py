@@ -119,38 +119,36 @@ def read_tools(
 
 def _kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
   """The types a schema within `root` allows; text where it does not say."""
-  return _said(schema, root, ()) or frozenset(['string'])
+  found: set[str] = set()
+  followed: set[str] = set()
+  left = [schema]
+  while left:
+    one = left.pop()
+    if not isinstance(one, Mapping):
+      continue
+    if (kinds := one.get('type')) is not None:
+      kinds = [kinds] if isinstance(kinds, str) else kinds
+      known = (*_KINDS, 'string', 'null')
+      found.update(kind if kind in known else 'unknown' for kind in kinds)
+      continue
+    place = one.get('$ref')
+    if isinstance(place, str) and place not in followed:
+      followed.add(place)
+      target = _referred(place, root)
+      found |= {'unknown'} if target is None else set()
+      left.append(target)
+    values = one.get('enum')
+    found |= set(map(_kind_of, values if isinstance(values, list) else ()))
+    found |= {_kind_of(one['const'])} if 'const' in one else set()
+    found |= {kind for word, kind in _IMPLIED.items() if word in one}
+    for word in ('anyOf', 'oneOf', 'allOf'):
+      left += one.get(word) or ()
+  return frozenset(found) or frozenset(['string'])
 
 
-def _said(
-  schema: Any, root: Mapping[str, Any], seen: tuple[str, ...]
-) -> frozenset[str]:
-  """The types a schema speaks of; `seen` are references followed so far."""
-  if not isinstance(schema, Mapping):
-    return frozenset()
-  if (kinds := schema.get('type')) is not None:
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    known = (*_KINDS, 'string', 'null')
-    return frozenset(kind if kind in known else 'unknown' for kind in kinds)
-  if (place := schema.get('$ref')) is not None:
-    if place in seen:
-      return frozenset()
-    found = _referred(place, root)
-    return _said(found, root, (*seen, place)) or frozenset(['unknown'])
-  values = list(schema.get('enum') or ())
-  values += [schema['const']] if 'const' in schema else []
-  kinds = frozenset(map(_kind_of, values))
-  for word in ('anyOf', 'oneOf', 'allOf'):
-    for branch in schema.get(word) or ():
-      kinds |= _said(branch, root, seen)
-  if kinds:
-    return kinds
-  return frozenset(kind for word, kind in _IMPLIED.items() if word in schema)
-
-
-def _referred(place: Any, root: Mapping[str, Any]) -> Any:
+def _referred(place: str, root: Mapping[str, Any]) -> Any:
   """What a reference such as '#/$defs/Point' stands for; None if nothing."""
-  head, *steps = str(place).split('/')
+  head, *steps = place.split('/')
   found: Any = root if head == '#' else None
   for step in steps:
     step = step.replace('~1', '/').replace('~0', '~')

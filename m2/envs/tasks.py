@@ -12,8 +12,8 @@ class Family(Protocol):
   """What a module of `m2.envs.families` offers.
 
   `SKILLS` and `HELD_OUT` name its skills, levels go from 0 to `HARDEST`;
-  `generate`, `verify`, `Workspace`,
-  `controls`, `canonical_form`, `script_of` and `mistaken` act on its tasks.
+  `generate`, `verify`, `Workspace`, `controls`, `canonical_form`, `script_of`
+  and `mistaken` act on its tasks.
   """
 
   NAME: str

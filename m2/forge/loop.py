@@ -64,6 +64,7 @@ def run(
     ValueError: settings that cannot work; before anything is compiled.
     m2.train.journal.TrainingError: a loss or gradient is not finite, more
       often than `forge.bad_batches`; the checkpoints are sound.
+    m2.forge.rollout.RolloutError: groups end without a verdict in a row.
     m2.checkpoint.store.CheckpointError: a checkpoint cannot be read or written.
     m2.train.signals.Stopped: a signal asked for it; the last step is saved.
   """

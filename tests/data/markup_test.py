@@ -92,6 +92,9 @@ class ToolsTest(parameterized.TestCase):
     self.assertTrue(tools['f'].closed)
 
   def test_follows_references_and_reads_listed_values(self):
+    twice = {'0': {'type': 'boolean'}}
+    for level in range(60):  # each is looked at once, not 2**60 times
+      twice[f'{level + 1}'] = {'anyOf': [{'$ref': f'#/$defs/{level}'}] * 2}
     (tool,) = markup.read_tools(
       [
         {
@@ -102,6 +105,7 @@ class ToolsTest(parameterized.TestCase):
               'Mode': {'enum': ['on', 3]},
               'Tree': {'anyOf': [{'$ref': '#/$defs/Tree'}, {'type': 'array'}]},
               'Self': {'$ref': '#/$defs/Self'},
+              **twice,
             },
             'properties': {
               'a': {'$ref': '#/$defs/a~1b'},
@@ -115,6 +119,7 @@ class ToolsTest(parameterized.TestCase):
               'i': {'properties': {}},
               'j': {'items': {'type': 'string'}},
               'k': {'enum': None},
+              'l': {'$ref': '#/$defs/60'},
             },
           },
         }
@@ -126,7 +131,7 @@ class ToolsTest(parameterized.TestCase):
         'a': {'object'},
         'b': {'string', 'integer'},
         'c': {'array'},
-        'd': {'unknown'},
+        'd': {'string'},
         'e': {'unknown'},
         'f': {'unknown'},
         'g': {'integer', 'number', 'boolean', 'null'},
@@ -134,6 +139,7 @@ class ToolsTest(parameterized.TestCase):
         'i': {'object'},
         'j': {'array'},
         'k': {'string'},
+        'l': {'boolean'},
       },
     )
 
