@@ -312,7 +312,7 @@ class LoopTest(parameterized.TestCase):
 
   def test_the_tokenizer_must_be_there(self):
     (self.start / 'tokenizer.json').unlink()
-    with self.assertRaisesRegex(ValueError, 'no tokenizer.json there'):
+    with self.assertRaisesRegex(ValueError, 'no tokenizer.json in .*; copy'):
       self.run_loop(settings(str(self.start)))
 
 
