@@ -51,8 +51,10 @@ def main(_) -> None:
     rank = join(config.mode)
   except ValueError as error:
     stop(error, 2)
+  # A plan beside the run that it is of, whose config.json it must not replace.
+  beside = '-plan' if config.mode == 'plan' else ''
   workdir = pathlib.Path(
-    WORKDIR.value or common.workdir(CONFIG.config_filename)
+    WORKDIR.value or common.workdir(CONFIG.config_filename) + beside
   )
   kept = workdir / 'config.json'
   try:

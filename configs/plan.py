@@ -8,7 +8,8 @@
 
 compiles the programs of configs/m2.py and configs/rl.py for the topology with
 its own compiler and prints what each device holds, sends and could at best do;
-a minute or more a program, 3 GB, no TPU. Any other config is planned in place:
+a minute or more a program, 3 GB, no TPU. A config of training or RL is planned
+in place, into a folder of its own:
 `--config=configs/m2.py --config.mode=plan`. launch/README.md has the results
 for some pods. Needs libtpu: `bash tests/run.sh --all` gets it, or
 `pip install --no-deps --target .tpu -r tests/tpu_requirements.txt`.

@@ -131,6 +131,8 @@ class RefusalTest(parameterized.TestCase):
     ('impossible_alone', ['--config.model.layers=0'], 'layers=0'),
     ('impossible_together', ['--config.model.kv_heads=5'], 'kv_heads=5'),
     ('too_many_chosen', ['--config.model.top_k=999'], 'top_k=999'),
+    ('not_finite', ['--config.optim.lr=inf'], 'optim.lr=inf'),
+    ('no_key', ['--config.seed=4294967296'], 'seed=4294967296'),
   )
   def test_one_line_and_exit_code_two(self, overrides, named):
     self.refuse(['--config=configs/m2.py:tiny', *overrides], named)
@@ -142,6 +144,17 @@ class RefusalTest(parameterized.TestCase):
   )
   def test_a_wrong_file_or_argument(self, config, named):
     self.refuse([f'--config={config}'], named)
+
+  def test_a_plan_of_what_the_config_has_not(self):
+    self.refuse(
+      ['--config=configs/rl.py', '--config.mode=plan'], 'has no data section'
+    )
+
+  def test_experts_that_have_no_gradient(self):
+    self.refuse(
+      ['--config=configs/m2.py', '--config.model.fp8_experts=True'],
+      'have no gradient',
+    )
 
   def test_no_config_at_all(self):
     self.refuse([], '--config')

@@ -122,6 +122,17 @@ class RunConfig(base.Settings):
     mtp = self.loss.mtp if self.loss else 0
     if self.optim and self.optim.train_only == 'mtp' and not mtp:
       errors.append('optim.train_only=mtp needs loss.mtp > 0')
+    if self.model and self.model.fp8_experts and self.optim:
+      errors.append(
+        f'model.fp8_experts=True: experts in FP8 have no gradient, and mode '
+        f'{self.mode!r} trains; set it to False (engine.fp8 is for generation)'
+      )
+    train = self.mode == 'plan' and 'train' in self.plan.programs
+    if train and not self.data:
+      errors.append(
+        'plan.programs has train, and this config has no data section: leave '
+        'it out, such as plan.programs=rl,decode,prefill,sync'
+      )
     if self.engine and self.engine.fp8:
       try:
         dataclasses.replace(self.model, fp8_experts=True)._check()
@@ -147,6 +158,8 @@ def _freeze(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     return _freeze_weights(value, path, errors)
   if hint is float and type(value) is int:
     value = float(value)
+  if type(value) is float and not math.isfinite(value):
+    errors.append(f'{path}={value}: expected a finite number')
   if type(value) is not hint:
     errors.append(
       f'{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}'

@@ -31,6 +31,8 @@ import numpy as np
 
 from m2 import types
 
+NOBODY = -1  # the routes of padding: no expert
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -308,7 +310,8 @@ def _routes(lines: list[_Line], tokens: int) -> np.ndarray | None:
   if not lines[0].experts:
     return None
   shape = lines[0].experts[0].shape[1:]
-  out_BTLX = np.zeros((len(lines), tokens, *shape), np.int32)
+  # Padding has no expert: one that it shared would have no room for others.
+  out_BTLX = np.full((len(lines), tokens, *shape), NOBODY, np.int32)
   for index, line in enumerate(lines):
     out_BTLX[index, : line.size] = np.concatenate(line.experts)
   return out_BTLX.transpose(2, 0, 1, 3)
@@ -357,7 +360,7 @@ def pad(batch: TreeBatch, *, lines: int, samples: int) -> TreeBatch:
     width = [(0, 0)] * value.ndim
     axis = 1 if field.name == 'experts_LBTX' else 0
     width[axis] = (0, samples - have_Z if pairs else lines - have_B)
-    fill = -1 if field.name == 'version_Z' else 0
+    fill = {'version_Z': -1, 'experts_LBTX': NOBODY}.get(field.name, 0)
     return np.pad(value, width, constant_values=fill)
 
   grown = {field.name: grow(field) for field in dataclasses.fields(batch)}

@@ -56,7 +56,8 @@ def route(
     weights: what `Moe` declares.
     x_BTD: normalised hidden states.
     experts_BTX: replay these choices instead of selecting; the weights still
-      come from the live scores.
+      come from the live scores. A token's are distinct; values outside [0, E)
+      choose none.
 
   Returns:
     score_BTE float32, index_BTX int32 (E = slot not used), weight_BTX float32.
@@ -93,7 +94,7 @@ def route(
 
 
 def _replayed(score_BTE: jax.Array, experts_BTX: jax.Array) -> jax.Array:
-  """Weights of given choices from live scores; unused slots (E) get 0."""
+  """Weights of given choices from live scores; unused slots get 0."""
   own_BTXE = jax.nn.one_hot(experts_BTX, score_BTE.shape[-1])
   # Copies of scores, to the last bit: no reduced precision on accelerators.
   chosen_BTX = jnp.einsum(
@@ -102,7 +103,9 @@ def _replayed(score_BTE: jax.Array, experts_BTX: jax.Array) -> jax.Array:
     score_BTE,
     precision=jax.lax.Precision.HIGHEST,
   )
-  return chosen_BTX / chosen_BTX.sum(-1, keepdims=True)
+  total_BT1 = chosen_BTX.sum(-1, keepdims=True)
+  # Padding may have no choice at all.
+  return chosen_BTX / jnp.where(total_BT1 > 0, total_BT1, 1)
 
 
 def mix(

@@ -97,11 +97,13 @@ def shifted(batch: Mapping[str, jax.Array], modules: int) -> dict:
   """What each module reads and predicts, stacked on a leading axis J.
 
   Returns:
-    `tokens_JBT` = t[i + j], `targets_JBT` = t[i + j + 1] and `weights_JBT`,
-    which is 0 where either lies outside the document of token i.
+    `tokens_JBT` = t[i + j], `targets_JBT` = t[i + j + 1], `weights_JBT`, which
+    is 0 where either lies outside the document of token i, and `counts_JBT`,
+    float32, 1 where t[i + j] lies in it.
   """
   index_BT = jnp.arange(batch['tokens'].shape[1])[None]
-  rows = {'tokens': [], 'targets': [], 'weights': []}
+  rows = {'tokens': [], 'targets': [], 'weights': [], 'counts': []}
+  batch = {**batch, 'counts': jnp.ones_like(batch['weights'])}
   for ahead in range(1, modules + 1):
     inside_BT = index_BT + ahead < batch['until']
     for name, out in rows.items():
@@ -138,12 +140,11 @@ def loss(
     the weights, `load_JE` expert assignments, `balance` auxiliary loss.
   """
   ahead = shifted(batch, cfg.mtp_modules)
-  count_BT = (batch['until'] > 0).astype(jnp.float32)
-  shared = (batch['positions'], batch['until'], count_BT)
+  shared = (batch['positions'], batch['until'])
 
   @order.checkpoint
   def one(outer, shared, h_BTD, xs):
-    weights, token_BT, target_BT, weight_BT = xs
+    weights, token_BT, target_BT, weight_BT, count_BT = xs
     x_BTD = _enter(cfg, outer, weights, h_BTD, token_BT)
     (h_BTD, _), routed = transformer.block(
       cfg,
@@ -152,7 +153,7 @@ def loss(
       (x_BTD, None),
       0,
       None,
-      shared,
+      (*shared, count_BT),
       False,
     )
     out_BTD = norm.rms_norm(h_BTD, weights['norm'], cfg.norm_eps)
@@ -169,6 +170,7 @@ def loss(
       ahead['tokens_JBT'],
       ahead['targets_JBT'],
       ahead['weights_JBT'],
+      ahead['counts_JBT'],
     ),
   )
   return total_J, {

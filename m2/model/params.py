@@ -69,9 +69,9 @@ def active_count(cfg: config.ModelConfig) -> int:
   blocks = abstract(cfg)['blocks']
   total = 0
   for path, leaf in jax.tree.leaves_with_path(blocks):
-    name = path[-1].key
+    names = sharding.name_of(path).split('/')  # in FP8, below the matrix's own
     size = math.prod(leaf.shape)
-    if name in ('wi_0', 'wi_1', 'wo'):
+    if {'wi_0', 'wi_1', 'wo'} & set(names):
       size = size * cfg.top_k // cfg.experts
     total += size
   return total

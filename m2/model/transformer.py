@@ -131,6 +131,7 @@ class M2(nn.Module):
     if self.is_initializing():
       blocks(None, jnp.arange(cfg.layers), None, None)
       return None
+    sharding.check_rows(len(tokens_BT))
     x_BTD = embed_tokens(cfg, embed_VD, tokens_BT)
     cache, count_BT = _prepare(cache, until_BT, count_BT)
     (x_BTD, cache), routed = blocks(

@@ -64,6 +64,7 @@ def ahead(x_BT: jax.Array, count: int) -> jax.Array:
   """
   length, parts = x_BT.shape[1], ways()
   if parts == 1:
+    count = min(count, length)
     return jnp.pad(x_BT[:, count:], ((0, 0), (0, count)))
   if count > length:
     raise ValueError(

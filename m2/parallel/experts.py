@@ -45,12 +45,14 @@ def expert_parallel(
 
   Args:
     x_BTD: tokens, split over the batch axes and `context`.
-    routing: chosen experts and weights of each token, both [B, T, X].
+    routing: chosen experts and weights of each token, both [B, T, X]. A
+      token's experts are distinct; values outside [0, E) choose none.
     wi_0_EDF: gate projections (w1 of the public checkpoint).
     wi_1_EDF: up projections (w3).
     wo_EFD: down projections (w2).
     strategy: how tokens reach their experts, auto or one of
-      `cost.STRATEGIES`; one that is named never falls back to another.
+      `cost.STRATEGIES`; one that is named never falls back to another. With
+      one device on the axis there is nothing to choose.
     chunks: most equal slices of a device's tokens, whose communication and
       products overlap: the largest number up to it that divides the tokens; 0
       leaves it to the cost model.
@@ -66,6 +68,8 @@ def expert_parallel(
   if strategy != 'auto' and strategy not in cost.STRATEGIES:
     known = ', '.join(('auto', *cost.STRATEGIES))
     raise ValueError(f'{strategy=}: choose one of {known}')
+  if chunks < 0:
+    raise ValueError(f'{chunks=} must not be negative; 0 leaves it open')
   stored = [
     ('expert', 'embed', 'ffn'),
     ('expert', 'embed', 'ffn'),
@@ -148,8 +152,6 @@ def _choose(strategy: str, chunks: int, layer: cost.Layer) -> tuple[str, int]:
       "strategy='ragged' needs ragged_all_to_all, which XLA does not have on "
       "CPUs; use 'exchange', which sends the same rows, or 'auto'"
     )
-  if chunks < 0:
-    raise ValueError(f'{chunks=} must not be negative; 0 leaves it open')
   choice = cost.choose(
     layer,
     kind,

@@ -6,6 +6,7 @@ so that the model also runs on one device with plain arrays.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,6 +81,23 @@ def active() -> bool:
   """Whether a mesh is set (`jax.set_mesh`) and it is not manual already."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and not mesh.are_all_axes_manual
+
+
+def check_rows(rows: int) -> None:
+  """Refuses a batch that the mesh cannot share out evenly.
+
+  Raises:
+    ValueError: names the rows and what they must be a multiple of.
+  """
+  if not active():
+    return
+  sizes = jax.sharding.get_abstract_mesh().shape
+  ways = math.prod(sizes[axis] for axis in RULES['batch'])
+  if rows % ways:
+    raise ValueError(
+      f'{rows} rows are not a multiple of the {ways} devices that rows are '
+      'split over (mesh data * fsdp * expert): pad the batch or set other axes'
+    )
 
 
 def place(x: jax.Array, *axes: str | None) -> jax.Array:

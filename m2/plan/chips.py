@@ -198,12 +198,16 @@ def axis_rate(mesh: jax.sharding.Mesh, axis: str, target: Topology) -> float:
   An axis lies along some dimensions of the torus, or parts of them, and uses
   their links: both directions of a dimension that closes to a ring, one where
   it does not. The cores of a chip share its links; an axis of nothing but
-  cores of one chip never leaves it. Slices are joined by DCN alone.
+  cores of one chip never leaves it. Slices are joined by DCN alone: of n
+  devices in s slices, each need send (s - 1) / (n - 1) of its bytes there, the
+  rest within its slice.
   """
   place = mesh.axis_names.index(axis)
   line = np.moveaxis(mesh.devices, place, 0).reshape(mesh.shape[axis], -1)[:, 0]
-  if len({getattr(one, 'slice_index', 0) for one in line}) > 1:
-    return target.chip.dcn / target.chip.devices
+  slices = len({getattr(one, 'slice_index', 0) for one in line})
+  if slices > 1:
+    own = target.chip.dcn / target.chip.devices
+    return own * (len(line) - 1) / (slices - 1)
   coords = np.array([one.coords for one in line])
   links = 0
   for dim, side in enumerate(target.sides):

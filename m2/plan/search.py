@@ -283,6 +283,8 @@ def _served(
   """Every way to serve: meshes, fewer slots and prompts, experts in FP8."""
   engine, model = config.engine, config.model
   ways = [n for n in range(1, target.count + 1) if target.count % n == 0]
+  whole = model.d_model % 128 == 0 == model.d_expert % 128  # blocks of FP8
+  codes = sorted({engine.fp8, engine.fp8 or whole})
   for expert, tensor in itertools.product(ways, TENSOR):
     if (
       target.count % (expert * tensor * target.slices)
@@ -294,7 +296,7 @@ def _served(
       config.plan, rollout_expert=expert, rollout_tensor=tensor
     )
     for count, most, fp8 in itertools.product(
-      _halves(engine.slots), _halves(engine.prompts), sorted({engine.fp8, True})
+      _halves(engine.slots), _halves(engine.prompts), codes
     ):
       served = dataclasses.replace(engine, slots=count, prompts=most, fp8=fp8)
       yield dataclasses.replace(config, plan=plan, engine=served)

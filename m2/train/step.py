@@ -54,6 +54,9 @@ def train_step(
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  if model.mtp_modules and not cfg.loss.mtp:
+    # Nothing trains them; weight decay alone must not wear them down.
+    params = {**params, 'mtp': state.params['mtp']}
   params = balance(params, load, cfg, state.step)
   after = train_state.TrainState(state.step + 1, params, opt_state)
   grad_norm = optax.tree.norm(norms)

@@ -42,6 +42,8 @@ def attention(
     raise ValueError(
       f'{heads} query heads are not a multiple of {k_BSKH.shape[2]} key heads'
     )
+  if not q_BTNH.size or not k_BSKH.size:
+    return jnp.zeros_like(q_BTNH)
   causal = query_BT is None
   if causal:
     query_BT = jnp.broadcast_to(jnp.arange(queries)[None], q_BTNH.shape[:2])

@@ -49,6 +49,8 @@ def decode_experts(
     NotImplementedError: a backend forced by name that cannot do this.
   """
   _check(x_MD, index_MX, weight_MX, wi_0, wi_1, wo)
+  if not index_MX.size:
+    return jnp.zeros_like(x_MD)
   refusals = {
     'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, weights.widths(wi_0)),
     'mosaic_tpu': mosaic_tpu.refusal(wi_0, None if impl else len(x_MD)),

@@ -62,13 +62,21 @@ def one(w: Weights, expert: jax.Array) -> Weights:
 def quantised(w_KN: jax.Array) -> Quantized:
   """Plain matrices [..., K, N] in block-FP8, largest weights to largest codes.
 
-  Blocks of zeros get scale 1. K and N are multiples of `BLOCK`.
+  Blocks of zeros, and of what is next to nothing, get scale 1.
+
+  Raises:
+    ValueError: K or N is not a multiple of `BLOCK`.
   """
   *_, k, n = w_KN.shape
+  if k % BLOCK or n % BLOCK:
+    raise ValueError(
+      f'{w_KN.shape}: the last two must be multiples of {BLOCK} to be quantised'
+    )
   w_NK = w_KN.astype(jnp.float32).swapaxes(-2, -1)
   shape = (*w_NK.shape[:-2], n // BLOCK, BLOCK, k // BLOCK, BLOCK)
   blocks = w_NK.reshape(shape)
   peak = jnp.abs(blocks).max((-3, -1), keepdims=True)
-  scale = jnp.where(peak > 0, peak / LARGEST, 1.0)
+  least = LARGEST * jnp.finfo(jnp.float32).tiny  # below, scales would be 0
+  scale = jnp.where(peak > least, peak / LARGEST, 1.0)
   values = (blocks / scale).reshape(w_NK.shape).astype(jnp.float8_e4m3fn)
   return Quantized(values, scale[..., 0, :, 0])

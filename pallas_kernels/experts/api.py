@@ -48,7 +48,8 @@ def experts(
     transposed: the matrices are (out, in), [E, F, D] and [E, D, F], as in
       checkpoints. On TPUs they are not turned in memory then, and there is no
       derivative.
-    impl: backend; None picks the best for this platform.
+    impl: backend of the products; None picks the best for this platform. Rows
+      that its kernels cannot move, XLA moves.
 
   Raises:
     ValueError: shapes or dtypes that do not match.
@@ -57,6 +58,8 @@ def experts(
   matrices = wi_0_EDF, wi_1_EDF, wo_EFD
   widths = wi_0_EDF.shape[:0:-1] if transposed else wi_0_EDF.shape[1:]
   _check(x_MD, index_MX, weight_MX, *matrices, widths, transposed)
+  if not index_MX.size:
+    return jnp.zeros_like(x_MD)
   refusals = {
     'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, widths),
     'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, widths),

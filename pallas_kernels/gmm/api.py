@@ -86,6 +86,8 @@ def grouped_matmul(
   if x_MK.dtype != w_GKN.dtype:
     raise ValueError(f'x is {x_MK.dtype} but w is {w_GKN.dtype}')
   out_dtype = jnp.dtype(out_dtype or x_MK.dtype)
+  if not x_MK.size:
+    return jnp.zeros((len(x_MK), w_GKN.shape[2]), out_dtype)
   refusals = _refusals(x_MK.dtype, w_GKN.shape[1:], out_dtype)
   backend = dispatch.pick('grouped_matmul', impl, BACKENDS, refusals)
   return vjp.grouped_matmul(
@@ -128,6 +130,8 @@ def weight_gradient(
     raise ValueError(f'x is {x_MK.dtype} but dy is {dy_MN.dtype}')
   out_dtype = jnp.dtype(out_dtype or x_MK.dtype)
   widths = x_MK.shape[1], dy_MN.shape[1]
+  if not x_MK.size:
+    return jnp.zeros((len(sizes_G), *widths), out_dtype)
   refusals = _refusals(x_MK.dtype, widths, out_dtype)
   backend = dispatch.pick('weight_gradient', impl, BACKENDS, refusals)
   return vjp.weight_gradient(

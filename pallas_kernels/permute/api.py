@@ -8,6 +8,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -62,6 +63,10 @@ def plan(
       answers for it: those past it would be lost.
     impl: backend; None picks the best for this platform.
   """
+  if not index_MX.size:
+    none_G = jnp.zeros(groups, jnp.int32)
+    places = layout.positions(rows or 0, groups, align)
+    return Plan(none_G, none_G, index_MX, jnp.zeros(places, jnp.int32))
   refusals = {'mosaic_gpu': mosaic_gpu.plan_refusal(groups)}
   run = dispatch.pick('plan', impl, PLANS, refusals)
   return run(index_MX, groups, align, rows)
@@ -83,6 +88,8 @@ def gather(
       those that follow hold is not defined. None = all of them.
     impl: backend; None picks the best for this platform.
   """
+  if not plan.place_MX.size:
+    return jnp.zeros((len(plan.source_P), x_MD.shape[1]), x_MD.dtype)
   return _gather(_moves('gather', x_MD, plan, impl), clear, x_MD, plan)
 
 
@@ -94,6 +101,8 @@ def combine(
   impl: dispatch.Impl | None = None,
 ) -> Float[Array, 'M D']:
   """Weighted sum over each token's choices, accumulated in float32."""
+  if not plan.place_MX.size:
+    return jnp.zeros((len(plan.place_MX), y_PD.shape[1]), y_PD.dtype)
   moves = _moves('combine', y_PD, plan, impl)
   return _combine(moves, y_PD, weight_MX, plan.place_MX, plan.source_P)
 

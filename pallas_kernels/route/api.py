@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -53,6 +54,8 @@ def route(
   min_k = top_k if min_k is None else min_k
   if not 0 < min_k <= top_k <= experts:
     raise ValueError(f'need 0 < {min_k=} <= {top_k=} <= {experts=}')
+  if not len(score_ME):
+    return Routing(jnp.zeros((0, top_k), jnp.int32), jnp.zeros((0, top_k)))
   refusals = {
     'mosaic_gpu': mosaic_gpu.refusal(experts),
     'mosaic_tpu': mosaic_tpu.refusal(experts, top_k),

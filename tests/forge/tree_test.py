@@ -150,6 +150,20 @@ class TreeTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'some rows carry routes'):
       tree.merge_prefixes([rows[0], same[1]], tokens=64)
 
+  def test_padding_has_no_routes(self):
+    rows = [
+      dataclasses.replace(r, experts=np.ones_like(r.experts))
+      for r in forest.with_routes(forest.figure_6(), seed=3)
+    ]
+    for pack in (tree.merge_prefixes, tree.separate):
+      packed = pack(rows, tokens=32)
+      lines = len(packed.tokens_BT)
+      packed = tree.pad(packed, lines=lines + 2, samples=999)
+      padding_BT = packed.until_BT == 0
+      self.assertTrue(padding_BT.any())
+      self.assertTrue((packed.experts_LBTX[:, padding_BT] == -1).all())
+      self.assertTrue((packed.experts_LBTX[:, ~padding_BT] == 1).all())
+
   def test_capacities(self):
     rows = forest.rollouts(0)
     need = tree.merge_prefixes(rows, tokens=32)

@@ -49,6 +49,21 @@ class MtpTest(absltest.TestCase):
       ahead['weights_JBT'][1, 0], [1, 0, 0, 0, 1, 1, 1, 0, 0, 0]
     )
 
+  def test_only_tokens_that_read_something_count_as_load(self):
+    cfg = dataclasses.replace(CFG, mtp_modules=3)
+    values, data = params.init(cfg, jax.random.key(0)), batch()
+    output = forward(values, data, cfg)
+    _, extra = mtp.loss(cfg, values, output, data, chunk=8)
+    # Documents of 4, 6 and 8 tokens; module j reads j fewer of each.
+    want = [cfg.top_k * sum(n - j for n in (4, 6, 8)) for j in (1, 2, 3)]
+    np.testing.assert_array_equal(extra['load_JE'].sum(1), want)
+
+  def test_rows_shorter_than_there_are_modules(self):
+    data = {name: value[:, :1] for name, value in batch().items()}
+    ahead = mtp.shifted(data, 2)
+    self.assertEqual(ahead['tokens_JBT'].shape, (2, 2, 1))
+    self.assertFalse(ahead['weights_JBT'].any())
+
   def test_other_documents_do_not_matter(self):
     values = params.init(CFG, jax.random.key(0))
     data = batch()

@@ -1,6 +1,7 @@
 """The model: counts, equations, masks, decoding, meshes."""
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -148,6 +149,33 @@ class EquationTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(out.hidden_BTD, again.hidden_BTD, atol=TOLERANCE)
 
+  def test_replayed_padding_may_have_no_expert(self):
+    values = params.init(TINY, jax.random.key(0))
+    tokens_BT, positions_BT, until_BT = rows()
+    until_BT = jnp.where(jnp.arange(12)[None] < 9, 9, 0) * jnp.ones_like(
+      until_BT
+    )
+    plain = transformer.forward(TINY, values, tokens_BT, positions_BT, until_BT)
+    real_BT1 = (until_BT > 0)[..., None]
+
+    def hidden(values, nobody):
+      routes_LBTX = jnp.where(real_BT1[None], plain.experts_LBTX, nobody)
+      output = transformer.forward(
+        TINY, values, tokens_BT, positions_BT, until_BT,
+        experts_LBTX=routes_LBTX,
+      )  # fmt: skip
+      return jnp.where(real_BT1, output.hidden_BTD, 0)
+
+    for nobody in (-1, TINY.experts):
+      np.testing.assert_allclose(
+        hidden(values, nobody),
+        jnp.where(real_BT1, plain.hidden_BTD, 0),
+        atol=TOLERANCE,
+      )
+      gradient = jax.grad(lambda v, n=nobody: hidden(v, n).sum())(values)
+      for leaf in jax.tree.leaves(gradient):
+        self.assertTrue(np.isfinite(leaf).all())
+
   def test_gradient_reaches_all_but_the_bias(self):
     values = params.init(TINY, jax.random.key(0))
     grads, _ = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(
@@ -239,6 +267,37 @@ class MeshTest(parameterized.TestCase):
       a, b = np.array(a), np.array(b)
       scale = max(np.abs(b).max(), 1e-3)
       self.assertLess(np.abs(a - b).max() / scale, GRADIENT_TOLERANCE, path)
+
+  def test_replayed_routes_with_padding_are_the_same_on_any_mesh(self):
+    """More choices than a device has experts, more lines than devices."""
+    cfg = dataclasses.replace(TINY, top_k=4, min_k=4, layers=1)
+    values = params.init(cfg, jax.random.key(0))
+    tokens_BT, positions_BT, _ = rows(batch=16)
+    until_BT = jnp.where(jnp.arange(12)[None] < 7, 7, 0).repeat(16, 0)
+    plain = transformer.forward(cfg, values, tokens_BT, positions_BT, until_BT)
+    real_BT1 = (until_BT > 0)[..., None]
+    routes_LBTX = jnp.where(real_BT1[None], plain.experts_LBTX, -1)
+    mesh = meshes.make_mesh(config.MeshConfig(fsdp=1, expert=8))
+    for strategy in ('gather', 'exchange'):
+      cfg = dataclasses.replace(cfg, expert_strategy=strategy)
+      with jax.set_mesh(mesh):
+        output = jax.jit(functools.partial(transformer.forward, cfg))(
+          values, tokens_BT, positions_BT, until_BT, experts_LBTX=routes_LBTX
+        )
+      np.testing.assert_allclose(
+        np.where(real_BT1, output.hidden_BTD, 0),
+        np.where(real_BT1, plain.hidden_BTD, 0),
+        atol=TOLERANCE,
+      )
+
+  def test_rows_that_cannot_be_shared_out_are_named(self):
+    mesh = meshes.make_mesh(config.MeshConfig(fsdp=8))
+    values = params.init(TINY, jax.random.key(0))
+    with (
+      jax.set_mesh(mesh),
+      self.assertRaisesRegex(ValueError, '1 rows are not'),
+    ):
+      transformer.logits(TINY, values, jnp.zeros((1, 4), jnp.int32))
 
   def test_sizes_that_do_not_fit_are_named(self):
     with self.assertRaisesRegex(ValueError, 'expert=3'):

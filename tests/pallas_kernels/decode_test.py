@@ -76,6 +76,12 @@ class DecodeTest(parameterized.TestCase):
       with self.assertRaisesRegex(NotImplementedError, r'gives \[E, N, K\]'):
         pallas_kernels.dequantise(w, dtype, impl='mosaic_tpu')
 
+  def test_what_cannot_be_scaled(self):
+    tiny = pallas_kernels.quantise(jnp.full((128, 256), 1e-37))
+    np.testing.assert_array_equal(pallas_kernels.dequantise(tiny), 0)
+    with self.assertRaisesRegex(ValueError, r'\(100, 128\).*multiples of 128'):
+      pallas_kernels.quantise(jnp.ones((100, 128)))
+
   def test_plain_matrices_may_be_float32(self):
     x, index, weight = cases.tokens(3, INDICES['evenly'], SHAPE.width)
     matrices = cases.matrices(jax.random.key(4), SHAPE, False)

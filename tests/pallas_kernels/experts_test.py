@@ -9,6 +9,7 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from pallas_kernels.experts import ref
+from pallas_kernels.gmm import api as gmm
 
 FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-2  # in norm: bfloat16 results of bfloat16 values
@@ -66,6 +67,35 @@ class ExpertsTest(parameterized.TestCase):
     x, index, *rest = operands(128, 128, 'float32')
     y = pallas_kernels.experts(x, jnp.full_like(index, EXPERTS), *rest)
     self.assertFalse(np.asarray(y).any())
+
+  @parameterized.parameters((0, 3), (4, 0))
+  def test_nothing_to_do_gives_nothing(self, tokens, choices):
+    x_MD, _, _, *matrices = operands(8, 16, jnp.float32)
+    x_MD = x_MD[:tokens]
+    index_MX = jnp.zeros((tokens, choices), jnp.int32)
+    weight_MX = jnp.zeros((tokens, choices))
+    for layer in (pallas_kernels.experts, pallas_kernels.decode_experts):
+      y_MD = layer(x_MD, index_MX, weight_MX, *matrices)
+      np.testing.assert_array_equal(y_MD, jnp.zeros((tokens, 8)))
+    rows = pallas_kernels.permute(x_MD, index_MX, EXPERTS, align=8)
+    back_MD = pallas_kernels.unpermute(rows.x_PD, rows, weight_MX)
+    self.assertEqual(back_MD.shape, x_MD.shape)
+    self.assertFalse(rows.sizes_G.any() or rows.x_PD.any())
+
+  def test_no_rows_keys_or_scores(self):
+    none_MK, sizes_G = jnp.zeros((0, 8)), jnp.zeros(2, jnp.int32)
+    y_MN = pallas_kernels.grouped_matmul(none_MK, jnp.ones((2, 8, 4)), sizes_G)
+    self.assertEqual(y_MN.shape, (0, 4))
+    dw_GKN = gmm.weight_gradient(none_MK, jnp.ones((0, 4)), sizes_G)
+    np.testing.assert_array_equal(dw_GKN, jnp.zeros((2, 8, 4)))
+    routing = pallas_kernels.route(jnp.zeros((0, 8)), jnp.zeros(8), top_k=2)
+    self.assertEqual(routing.index_MX.shape, (0, 2))
+    for queries, keys in ((0, 3), (3, 0)):
+      q_BTNH, k_BSKH = jnp.ones((2, queries, 4, 8)), jnp.ones((2, keys, 2, 8))
+      y_BTNH = pallas_kernels.attention(
+        q_BTNH, k_BSKH, k_BSKH, jnp.ones((2, keys), jnp.int32), scale=1.0
+      )
+      np.testing.assert_array_equal(y_BTNH, jnp.zeros_like(q_BTNH))
 
   def test_a_backend_by_name_refuses_and_says_why(self):
     args = operands(128, 128, 'bfloat16')

@@ -70,6 +70,10 @@ class TopologyTest(parameterized.TestCase):
     target = chips.topology('v5p:2x2x1', 2)
     self.assertEqual(chips.axis_rate(two, 'data', target), 50 * GB / 8)
     self.assertEqual(target.chips, 8)
+    # What two devices of a slice have is the same: once over DCN is enough.
+    places = [(0, 0, 0), (1, 0, 0)] * 2
+    four = mesh(places, (4,), ('data',), slices=[0, 0, 1, 1])
+    self.assertEqual(chips.axis_rate(four, 'data', target), 3 * 50 * GB / 8)
 
 
 if __name__ == '__main__':

@@ -129,6 +129,16 @@ class BalanceTest(parameterized.TestCase):
       same = np.array_equal(leaf, after[path])
       self.assertEqual(same, not path.startswith('mtp/'), path)
 
+  def test_modules_without_a_weight_stay_as_they_are(self):
+    cfg = small.run_config(modules=1, loss={'mtp': 0.0, 'mtp_final': 0.0})
+    before = small.steps(cfg, 1)[0]
+    after, metrics = small.steps(cfg, 1, state=before)
+    self.assertNotIn('mtp', metrics)
+    after = small.leaves(after.params)
+    for path, leaf in small.leaves(before.params).items():
+      if path.startswith('mtp/'):
+        np.testing.assert_array_equal(leaf, after[path], path)
+
 
 class GuardTest(parameterized.TestCase):
   def test_a_bad_update_is_not_applied(self):
