@@ -14,9 +14,9 @@ pass of one layer; R = M * D * itemsize, and the backward pass moves as many:
   ragged    ragged-all-to-all  the same with M * reach instead of C, and an
             all-to-all of n integers
 
-(Backward, `gather` exchanges the two kinds: (n - 1) * 4 * M * X less.) A chunked
-layer moves the same in `chunks` parts. What `exchange` adds under skew is not
-counted: it runs zero times when routing is near uniform.
+(Backward, `gather` exchanges the two kinds: (n - 1) * 4 * M * X less.) A
+chunked layer moves the same in `chunks` parts. What `exchange` adds under skew
+is not counted: it runs zero times when routing is near uniform.
 
 Seconds are a model for choosing, not a measurement: rates from `CHIPS`, the
 products at RATE of the peak or at the pace at which the matrices are read,
