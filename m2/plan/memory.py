@@ -22,6 +22,7 @@ from m2.forge import tree as tree_lib
 from m2.model import params as model_params
 from m2.parallel import cost, sharding
 from m2.plan import counts
+from m2.train import optim
 
 # Work space beyond the analytic count: what the scheduler keeps alive.
 FIXED = 2**30
@@ -137,6 +138,21 @@ def _parts(model, mesh) -> list[tuple[int, Any]]:
 
 
 @functools.cache
+def _moments(
+  model: settings.ModelConfig, cfg: settings.OptimConfig, mesh: tuple
+) -> int:
+  """Bytes of one device's moments: Muon keeps one of a matrix, Adam two."""
+  sizes = [count for count, _ in _parts(model, mesh)]
+  moved = jax.tree.leaves_with_path(optim.trained(cfg, _shapes(model)))
+  total = 0
+  for count, (path, moves) in zip(sizes, moved, strict=True):
+    one = cfg.name == 'muon' and optim.name_of(path) in optim.MATRICES
+    each = _itemsize(cfg.moment) + (0 if one else counts.F32)
+    total += count * each if moves else 0
+  return total
+
+
+@functools.cache
 def _shapes(model: settings.ModelConfig) -> Any:
   return model_params.abstract(model)
 
@@ -187,7 +203,7 @@ def _updating(config, work: counts.Work, batch, sums: bool, chunk) -> Memory:
   stored = held * _itemsize(model.param_dtype)
   return Memory(
     weights=stored,
-    optimiser=held * (_itemsize(config.optim.moment) + counts.F32),
+    optimiser=_moments(plain, config.optim, tuple(work.mesh.items())),
     batch=batch,
     gradients=stored * (2 if sums else 1),
     residuals=residuals(work),

@@ -58,10 +58,18 @@ def run(
   rows = []
   for name in config.plan.programs.split(','):
     planned = given if name == 'train' else config
-    row = one(planned, name, workdir)
-    print('\n'.join(report.lines(row)), flush=True)
-    rows.append(row)
-    if name in SEARCHED and (config.plan.search or not row['fits']):
+    fits = False
+    try:
+      row = one(planned, name, workdir)
+    except ValueError as error:
+      if name not in SEARCHED or not config.plan.search:
+        raise
+      print(f'{name}: as it is, it cannot be: {error}', flush=True)
+    else:
+      print('\n'.join(report.lines(row)), flush=True)
+      rows.append(row)
+      fits = row['fits']
+    if name in SEARCHED and (config.plan.search or not fits):
       rows += propose(planned, name, workdir)
       section = 'forge' if name == 'rl' else 'engine'
       if name != 'train' and getattr(given, section) is None:

@@ -49,10 +49,10 @@ class RunTest(absltest.TestCase):
       mock.patch('m2.plan.roofline.chip_rates', return_value=rates)
     )
 
-  def plan(self, *fits: bool) -> tuple[list[dict], str]:
+  def plan(self, *fits: bool | Exception) -> tuple[list[dict], str]:
     """Rows and what is printed, if compiling comes out as given."""
     text = io.StringIO()
-    rows = [row(one) for one in fits]
+    rows = [row(one) if isinstance(one, bool) else one for one in fits]
     lines = mock.patch('m2.plan.report.lines', return_value=['a line'])
     with (
       mock.patch.object(run, 'one', side_effect=rows),
@@ -91,6 +91,16 @@ class RunTest(absltest.TestCase):
     self.config = dataclasses.replace(self.config, engine=None)
     _, text = self.plan(False, True)
     self.assertIn('configs/plan.py', text)
+
+  def test_a_mesh_that_cannot_be_is_no_end_of_a_search(self):
+    wrong = ValueError('axes multiply to 512')
+    with self.assertRaisesRegex(ValueError, 'multiply to 512'):
+      self.plan(wrong)
+    plan = dataclasses.replace(self.config.plan, search=True)
+    self.config = dataclasses.replace(self.config, plan=plan)
+    rows, text = self.plan(wrong, True)
+    self.assertEqual([one['fits'] for one in rows], [True])
+    self.assertIn('it cannot be: axes multiply to 512', text)
 
   def test_giving_up_says_what_to_do(self):
     rows, text = self.plan(False, *[False] * run.TRIES)

@@ -9,6 +9,8 @@ from m2 import config as settings
 from m2.model import params
 from m2.parallel import mesh as meshes
 from m2.plan import chips, counts, flops, memory, search
+from m2.train import optim
+from m2.train import state as train_state
 
 LINK = 10**11
 
@@ -79,6 +81,20 @@ class SearchTest(absltest.TestCase):
     self.assertLess(peak(model__remat='full'), base)
     self.assertLess(peak(optim__moment='bfloat16'), base)
     self.assertLess(base, peak(model__remat='none'))
+
+  def test_moments_are_those_that_the_optimiser_makes(self):
+    sizes = dict(zip(meshes.AXES, (1, 2, 4, 1, 1)))
+    mesh = meshes.make_mesh(settings.MeshConfig(fsdp=2, expert=4))
+    for leaves in (
+      {'optim__name': 'adamw', 'optim__moment': 'bfloat16'},
+      {'optim__name': 'muon'},
+      {'optim__train_only': 'mtp', 'model__mtp_modules': 1, 'loss__mtp': 0.3},
+    ):
+      run = config(data__batch=64, data__length=4096, **leaves)
+      found = memory.estimate(run, sizes, self.target.chip.kind).optimiser
+      optimizer = optim.make(run.optim, run.steps)
+      state = train_state.abstract(run.model, mesh, optimizer).opt_state
+      self.assertAlmostEqual(found / memory.on_device(state), 1, places=4)
 
 
 class UpdateTest(absltest.TestCase):
