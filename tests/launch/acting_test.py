@@ -163,6 +163,8 @@ class GpuTest(project.Project):
       env=self.environment(PLATFORM='cpu', PROCESSES='2'),
       stderr=subprocess.DEVNULL,
       start_new_session=True,
+      # Ignored where the tests run in the background; so it would stay.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 20
     while time.monotonic() < end:
