@@ -103,7 +103,7 @@ class Engine:
       )
     ways = 1
     if mesh is not None:
-      ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
+      ways = sharding.row_ways(mesh.shape)
     if engine.slots % ways:
       raise ValueError(
         f'engine.slots={engine.slots} is not a multiple of the {ways} devices '

@@ -134,7 +134,7 @@ class _Run(NamedTuple):
 
 def _mesh(config: settings.RunConfig) -> jax.sharding.Mesh:
   mesh = meshes.make_mesh(config.mesh)
-  ways = math.prod(mesh.shape[axis] for axis in sharding.RULES['batch'])
+  ways = sharding.row_ways(mesh.shape)
   if config.forge.lines % ways:
     raise ValueError(
       f'forge.lines={config.forge.lines} is not a multiple of the {ways} '

@@ -83,6 +83,11 @@ def active() -> bool:
   return not mesh.empty and not mesh.are_all_axes_manual
 
 
+def row_ways(sizes: Mapping[str, int]) -> int:
+  """Over how many devices a mesh of these axis sizes splits the rows."""
+  return math.prod(sizes[axis] for axis in RULES['batch'])
+
+
 def check_rows(rows: int) -> None:
   """Refuses a batch that the mesh cannot share out evenly.
 
@@ -91,8 +96,7 @@ def check_rows(rows: int) -> None:
   """
   if not active():
     return
-  sizes = jax.sharding.get_abstract_mesh().shape
-  ways = math.prod(sizes[axis] for axis in RULES['batch'])
+  ways = row_ways(jax.sharding.get_abstract_mesh().shape)
   if rows % ways:
     raise ValueError(
       f'{rows} rows are not a multiple of the {ways} devices that rows are '

@@ -78,9 +78,8 @@ def loss_fn(
     model, params, batch['tokens'], batch['positions'], batch['until']
   )
   hidden_BTD, ahead = output.hidden_BTD, None
-  if (
-    model.mtp_modules and cfg.loss.mtp
-  ):  # before the head, and after it in the backward pass
+  # Before the head, and after it in the backward pass.
+  if model.mtp_modules and cfg.loss.mtp:
     ahead = mtp.loss(model, params, output, batch, chunk=cfg.loss.chunk)
     ahead, hidden_BTD = order.together((ahead, hidden_BTD))
   logp_BT, entropy_BT, logz_BT = logprob.from_hidden(

@@ -73,7 +73,8 @@ class DashboardTest(parameterized.TestCase):
       stage['skills'][skill] |= {'n': 0, 'rate': None, 'interval': [0, 1]}
     results['stages'][0] |= {'n': 0, 'rate': None, 'interval': [0, 1]}
     path.write_text(json.dumps(results))
-    self.build()
+    _, seen = self.build()
+    self.assertIn('sealed test: sft -; rl 61.0%', seen.data)
 
   def test_nothing_is_fetched(self):
     sample.write(self.workdir)
