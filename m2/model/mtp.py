@@ -102,12 +102,14 @@ def shifted(batch: Mapping[str, jax.Array], modules: int) -> dict:
     float32, 1 where t[i + j] lies in it.
   """
   index_BT = jnp.arange(batch['tokens'].shape[1])[None]
-  rows = {'tokens': [], 'targets': [], 'weights': [], 'counts': []}
-  batch = {**batch, 'counts': jnp.ones_like(batch['weights'])}
+  rows = {'tokens': [], 'targets': [], 'weights': []}
+  counts = []
   for ahead in range(1, modules + 1):
     inside_BT = index_BT + ahead < batch['until']
+    counts.append(inside_BT.astype(jnp.float32))
     for name, out in rows.items():
       out.append(jnp.where(inside_BT, _ahead(batch[name], ahead), 0))
+  rows['counts'] = counts
   return {f'{name}_JBT': jnp.stack(out) for name, out in rows.items()}
 
 
