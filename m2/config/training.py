@@ -72,7 +72,7 @@ class ModelConfig(base.Settings):
       f'model.d_expert={self.d_expert} in multiples of 128',
     )
     base.choice(self, 'model', 'remat', ('none', 'block', 'full'))
-    strategies = 'auto', 'gather', 'ragged', 'exchange'
+    strategies = 'auto', 'gather', 'ragged', 'exchange', 'direct'
     base.choice(self, 'model', 'expert_strategy', strategies)
     base.require(
       self.expert_chunks >= 0,

@@ -13,6 +13,7 @@ pass of one layer; R = M * D * itemsize, and the backward pass moves as many:
             `room`: M * reach with HEADROOM, at most M
   ragged    ragged-all-to-all  the same with M * reach instead of C, and an
             all-to-all of n integers
+  direct    what `gather` moves
 
 (Backward, `gather` exchanges the two kinds: (n - 1) * 4 * M * X less.) A
 chunked layer moves the same in `chunks` parts. What `exchange` adds under skew
@@ -52,6 +53,8 @@ class Chip:
     ragged: share of `link` that `ragged_all_to_all` reaches.
     placing: seconds in which `exchange` and `ragged` place a slice's copies.
     skips: kernels do not touch the room that rows leave empty.
+    direct: bytes a second at which kernels write into the memory of another
+      device of their process.
   """
 
   flops: float
@@ -63,6 +66,7 @@ class Chip:
   ragged: float
   placing: float
   skips: bool
+  direct: float = 0.0
 
 
 # TPUs: cloud.google.com/tpu/docs (flops, memory, bandwidth, total of links
@@ -71,14 +75,15 @@ class Chip:
 # GPUs: NVIDIA's datasheets; NVLink is 450e9, of which an all-reduce over two
 # H100 was measured to reach 329e9 (bus bandwidth, 1 GiB); the share of
 # ragged_all_to_all and the placing are of `tests/bench/expert_parallel.py` on
-# two H200. No TPU's placing was measured.
+# two H200, and so is the rate of `direct`. No TPU's placing was measured.
+_HOPPER = 3.3e11, 0, 2e-5, 0.8, 5e-4, True, 3.6e11
 CHIPS: Mapping[str, Chip] = {
   'TPU v5 lite': Chip(1.97e14, 16e9, 8.1e11, 4.5e10, 2, 5e-6, 1.0, 0, False),
   'TPU v5': Chip(4.59e14, 95e9, 2.8e12, 9e10, 3, 5e-6, 1.0, 0, False),
   'TPU v6 lite': Chip(9.18e14, 32e9, 1.6e12, 9e10, 2, 5e-6, 1.0, 0, False),
   'TPU7x': Chip(1.153e15, 96e9, 3.7e12, 5e10, 3, 5e-6, 1.0, 0, False),
-  'NVIDIA H100': Chip(9.89e14, 80e9, 3.35e12, 3.3e11, 0, 2e-5, 0.8, 5e-4, True),
-  'NVIDIA H200': Chip(9.89e14, 141e9, 4.8e12, 3.3e11, 0, 2e-5, 0.8, 5e-4, True),
+  'NVIDIA H100': Chip(9.89e14, 80e9, 3.35e12, *_HOPPER),
+  'NVIDIA H200': Chip(9.89e14, 141e9, 4.8e12, *_HOPPER),
 }
 
 
@@ -168,14 +173,14 @@ def expert_bytes(
   """Bytes that a device receives over the `expert` axis, by collective.
 
   Args:
-    strategy: one of STRATEGIES.
+    strategy: one of STRATEGIES, or direct.
     layer: the layer.
     chunks: slices of its tokens.
     backward: of the backward pass instead of the forward.
   """
   others, tokens = layer.devices - 1, layer.tokens
   row, known = layer.width * layer.itemsize, 8 * layer.top_k
-  if strategy == 'gather':
+  if strategy in ('gather', 'direct'):
     first = others * tokens * (row + (known // 2 if backward else known))
     kinds = 'all-gather', 'reduce-scatter'
     return dict(
@@ -191,7 +196,9 @@ def expert_bytes(
       'ragged-all-to-all': others * copies * (2 * row + known),
       'all-to-all': sizes,
     }
-  raise ValueError(f'{strategy=}: choose one of {", ".join(STRATEGIES)}')
+  raise ValueError(
+    f'{strategy=}: choose one of {", ".join(STRATEGIES)}, direct'
+  )
 
 
 def slice_room(layer: Layer, chunks: int) -> Room:
@@ -202,7 +209,7 @@ def slice_room(layer: Layer, chunks: int) -> Room:
 def rows(strategy: str, layer: Layer, chunks: int) -> int:
   """Rows for which a slice's products have room on a device."""
   tokens = layer.tokens // chunks
-  if strategy == 'gather':
+  if strategy in ('gather', 'direct'):
     return layer.devices * tokens * min(layer.top_k, layer.experts)
   return layer.devices * slice_room(layer, chunks).choices
 
@@ -248,10 +255,13 @@ def seconds(
   total = talked = 0.0
   for backward in (False, True):
     moved = expert_bytes(strategy, layer, chunks, backward=backward)
-    talk = sum(
-      chunks * communication_seconds(kind, size / chunks, layer.devices, chip)
-      for kind, size in moved.items()
-    )
+    if strategy == 'direct':  # sums leave while the next rows are added up
+      talk = chunks * chip.latency + moved['all-gather'] / chip.direct
+    else:
+      talk = sum(
+        chunks * communication_seconds(kind, size / chunks, layer.devices, chip)
+        for kind, size in moved.items()
+      )
     # Backward: two products instead of one; each slice reads the matrices and
     # writes its gradient, which is added to that of the slices before it.
     work = 2 * chosen * matrices * (2 if backward else 1) / (chip.flops * RATE)
@@ -259,13 +269,14 @@ def seconds(
     work = max(work, touched / chip.bandwidth)
     if backward:
       work += 3 * (chunks - 1) * stored / chip.bandwidth
-    elif strategy != 'gather':
+    elif strategy in ('exchange', 'ragged'):
       work += chunks * chip.placing
     if not chip.skips:
       spare = chunks * rows(strategy, layer, chunks) - chosen
       spare *= layer.itemsize * (layer.width + 3 * layer.hidden)
       work += spare * (2 if backward else 1) / chip.bandwidth
-    hidden = min(work, talk) * (chunks - 1) / chunks
+    beside = strategy != 'direct'  # its kernels take turns with the products
+    hidden = beside * min(work, talk) * (chunks - 1) / chunks
     total += work + talk - hidden
     talked += talk
   return total, talked

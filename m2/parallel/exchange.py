@@ -37,7 +37,9 @@ AXIS = 'expert'
 # many updates in all keep the links busy (`tests/bench/expert_parallel.py`).
 GPU_UPDATES = 1024
 # Slices and rounds of one shape share one program of the layer.
-layer = jax.jit(pallas_kernels.experts, static_argnames=('rows', 'impl'))
+layer = jax.jit(
+  pallas_kernels.experts, static_argnames=('rows', 'axis', 'impl')
+)
 
 
 class Routes(NamedTuple):

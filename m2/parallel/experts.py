@@ -10,12 +10,14 @@ Strategies, all of them dropless:
             (`all_to_all` over buffers of fixed size; see `exchange.py`).
   ragged    the same, but only what the buffers hold (`ragged_all_to_all`):
             TPUs and GPUs.
+  direct    `gather` by kernels of ours, which write rows straight into the
+            other devices' memory: Hopper GPUs of one process.
 
 `auto` asks the cost model (`cost.py`, which also has each one's bytes). With M
 tokens a device, width D and n devices on the axis, the bytes that a device
 receives forward, and again backward, are 2 * (n - 1) * M * D * itemsize for
-`gather`; `exchange` and `ragged` replace (n - 1) * M by the copies between
-devices, at most min(n - 1, X) * M, the former with some room to spare.
+`gather` and `direct`; `exchange` and `ragged` replace (n - 1) * M by the copies
+between devices, at most min(n - 1, X) * M, the former with some room to spare.
 """
 
 import functools
@@ -28,6 +30,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from m2.parallel import cost, exchange, sharding
 from pallas_kernels import dispatch
+from pallas_kernels.experts import api as kernels
 
 
 def expert_parallel(
@@ -50,7 +53,7 @@ def expert_parallel(
     wi_0_EDF: gate projections (w1 of the public checkpoint).
     wi_1_EDF: up projections (w3).
     wo_EFD: down projections (w2).
-    strategy: how tokens reach their experts, auto or one of
+    strategy: how tokens reach their experts, auto, direct or one of
       `cost.STRATEGIES`; one that is named never falls back to another. With
       one device on the axis there is nothing to choose.
     chunks: most equal slices of a device's tokens, whose communication and
@@ -63,10 +66,11 @@ def expert_parallel(
 
   Raises:
     ValueError: an unknown strategy; negative chunks.
-    NotImplementedError: `ragged` on a platform whose XLA does not have it.
+    NotImplementedError: `ragged` on a platform whose XLA does not have it;
+      `direct` where its kernels cannot run.
   """
-  if strategy != 'auto' and strategy not in cost.STRATEGIES:
-    known = ', '.join(('auto', *cost.STRATEGIES))
+  if strategy != 'auto' and strategy not in STRATEGIES:
+    known = ', '.join(('auto', *STRATEGIES))
     raise ValueError(f'{strategy=}: choose one of {known}')
   if chunks < 0:
     raise ValueError(f'{chunks=} must not be negative; 0 leaves it open')
@@ -138,24 +142,50 @@ def _local(
     y_MD = pallas_kernels.experts(*tokens, *weights, impl=impl)
   else:
     layer = cost.Layer.of(x_MD, index_MX, wi_0_EDF, sizes['expert'])
-    strategy, chunks = _choose(strategy, chunks, layer)
+    refusal = _direct_refusal(x_MD.dtype, layer, impl)
+    strategy, chunks = _choose(strategy, chunks, layer, refusal)
     run = functools.partial(STRATEGIES[strategy], chunks, impl=impl)
     y_MD = run(*tokens, *weights)
   return jax.lax.psum(y_MD, 'tensor')
 
 
-def _choose(strategy: str, chunks: int, layer: cost.Layer) -> tuple[str, int]:
-  """What is asked for, checked, and what is left open by the cost model."""
+def _direct_refusal(dtype, layer: cost.Layer, impl) -> str | None:
+  """Why `direct` cannot run this layer, or None."""
+  platform, kind = _device()
+  if platform != 'gpu':
+    return f'needs Hopper GPUs, not {kind}'
+  if impl not in (None, 'mosaic_gpu'):
+    return f'is of mosaic_gpu, not of {impl}'
+  return kernels.split_refusal(dtype, (layer.width, layer.hidden), layer.top_k)
+
+
+def _choose(
+  strategy: str, chunks: int, layer: cost.Layer, refusal: str | None
+) -> tuple[str, int]:
+  """What is asked for, checked, and what is left open by the cost model.
+
+  Args:
+    strategy: as `expert_parallel` takes it.
+    chunks: the same.
+    layer: the layer.
+    refusal: why `direct` cannot run it, or None.
+  """
   platform, kind = _device()
   if strategy == 'ragged' and platform == 'cpu':
     raise NotImplementedError(
       "strategy='ragged' needs ragged_all_to_all, which XLA does not have on "
       "CPUs; use 'exchange', which sends the same rows, or 'auto'"
     )
+  if strategy == 'direct' and refusal:
+    raise NotImplementedError(
+      f"strategy='direct' {refusal}; use 'gather', which sends the same rows "
+      "by XLA's collectives, or 'auto'"
+    )
+  every = cost.STRATEGIES if refusal else (*cost.STRATEGIES, 'direct')
   choice = cost.choose(
     layer,
     kind,
-    strategies=cost.STRATEGIES if strategy == 'auto' else (strategy,),
+    strategies=every if strategy == 'auto' else (strategy,),
     chunks=cost.slices(layer.tokens, chunks),
   )
   _announce(layer, kind, choice)
@@ -220,8 +250,18 @@ def gather(
   return jnp.concatenate(rows)
 
 
+def _direct(chunks, x_MD, index_MX, weight_MX, *weights, impl):
+  parts = zip(*(jnp.split(z, chunks) for z in (x_MD, index_MX, weight_MX)))
+  rows = [
+    exchange.layer(*part, *weights, axis='expert', impl=impl or 'mosaic_gpu')
+    for part in parts
+  ]
+  return jnp.concatenate(rows)
+
+
 STRATEGIES = {
   'gather': _gather,
+  'direct': _direct,
   'exchange': functools.partial(exchange.run, 'exchange'),
   'ragged': functools.partial(exchange.run, 'ragged'),
 }

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.experts import mosaic_gpu, mosaic_tpu, vjp
 from pallas_kernels.gmm import api as gmm
+from pallas_kernels.links import mosaic_gpu as links_gpu
+from pallas_kernels.links import xla as links_xla
 from pallas_kernels.permute import api as permute
 
 
@@ -28,6 +30,7 @@ def experts(
   *,
   rows: int | None = None,
   transposed: bool = False,
+  axis: str | None = None,
   impl: dispatch.Impl | None = None,
 ) -> Float[Array, 'M D']:
   """Sum over each token's experts of weight * (silu(x wi_0) * (x wi_1)) wo.
@@ -48,6 +51,11 @@ def experts(
     transposed: the matrices are (out, in), [E, F, D] and [E, D, F], as in
       checkpoints. On TPUs they are not turned in memory then, and there is no
       derivative.
+    axis: inside `shard_map`, a mesh axis over whose devices, in their order,
+      the experts are split: each holds E of them and M tokens, whose indices
+      count all devices' experts. On GPUs of one process kernels write rows
+      into the other GPUs' memory; elsewhere XLA gathers and scatters them.
+      `rows` are then the choices, of all tokens, of this device's experts.
     impl: backend of the products; None picks the best for this platform. Rows
       that its kernels cannot move, XLA moves.
 
@@ -60,13 +68,31 @@ def experts(
   _check(x_MD, index_MX, weight_MX, *matrices, widths, transposed)
   if not index_MX.size:
     return jnp.zeros_like(x_MD)
+  choices = index_MX.shape[1]
   refusals = {
-    'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, widths),
+    'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, widths)
+    if axis is None
+    else split_refusal(x_MD.dtype, widths, choices),
     'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, widths),
   }
   table = TRANSPOSED if transposed else BACKENDS
   run = dispatch.pick('experts', impl, table, refusals)
-  return run(rows, x_MD, index_MX, weight_MX, *matrices)
+  return run(axis, rows, x_MD, index_MX, weight_MX, *matrices)
+
+
+def split_refusal(
+  dtype: jnp.dtype, widths: tuple[int, int], choices: int
+) -> str | None:
+  """Why GPUs cannot write each other's rows for such a layer, or None.
+
+  Args:
+    dtype: of the tokens.
+    widths: D, F.
+    choices: X.
+  """
+  return mosaic_gpu.refusal(dtype, widths) or links_gpu.refusal(
+    dtype, widths[0], choices
+  )
 
 
 def _check(
@@ -90,6 +116,22 @@ def _check(
   dtypes = {z.dtype for z in (x_MD, wi_0_EDF, wi_1_EDF, wo_EFD)}
   if len(dtypes) > 1:
     raise ValueError(f'x and the matrices differ in dtype: {dtypes}')
+
+
+def _fused(backend, links, run, axis, rows, *operands) -> jax.Array:
+  """A backend's fused layer, of `vjp.experts` or `vjp.inference`."""
+  split = None if axis is None else vjp.Split(axis, links)
+  return run(backend, None, split, rows, *operands)
+
+
+def _composed(axis, rows, x_MD, index_MX, weight_MX, *matrices) -> jax.Array:
+  """The layer of XLA's operations."""
+  if axis is None:
+    return composed('xla', rows, x_MD, index_MX, weight_MX, *matrices)
+  x_MD, index_MX, weight_MX = links_xla.gather(axis, x_MD, index_MX, weight_MX)
+  index_MX -= jax.lax.axis_index(axis) * len(matrices[0])
+  y_MD = composed('xla', rows, x_MD, index_MX, weight_MX, *matrices)
+  return jax.lax.psum_scatter(y_MD, axis, scatter_dimension=0, tiled=True)
 
 
 def composed(
@@ -118,19 +160,25 @@ def composed(
   return permute.unpermute(y_PD, sorted_rows, weight_MX, impl=impl)
 
 
-def _turned(run, rows, x_MD, index_MX, weight_MX, *matrices) -> jax.Array:
+def _turned(run, axis, rows, x_MD, index_MX, weight_MX, *matrices) -> jax.Array:
   """Runs the layer on matrices that are turned first."""
   turned = (w.swapaxes(1, 2) for w in matrices)
-  return run(rows, x_MD, index_MX, weight_MX, *turned)
+  return run(axis, rows, x_MD, index_MX, weight_MX, *turned)
 
 
 BACKENDS = {
-  'mosaic_gpu': functools.partial(vjp.experts, mosaic_gpu.BACKEND, None),
-  'mosaic_tpu': functools.partial(vjp.experts, mosaic_tpu.BACKEND, None),
-  'xla': functools.partial(composed, 'xla'),
+  'mosaic_gpu': functools.partial(
+    _fused, mosaic_gpu.BACKEND, links_gpu.LINKS, vjp.experts
+  ),
+  'mosaic_tpu': functools.partial(
+    _fused, mosaic_tpu.BACKEND, links_xla.LINKS, vjp.experts
+  ),
+  'xla': _composed,
 }
 TRANSPOSED = {
   'mosaic_gpu': functools.partial(_turned, BACKENDS['mosaic_gpu']),
-  'mosaic_tpu': functools.partial(vjp.inference, mosaic_tpu.TRANSPOSED, None),
+  'mosaic_tpu': functools.partial(
+    _fused, mosaic_tpu.TRANSPOSED, links_xla.LINKS, vjp.inference
+  ),
   'xla': functools.partial(_turned, BACKENDS['xla']),
 }

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.links import layout
 from pallas_kernels.permute import api as permute
 
 
@@ -56,10 +57,23 @@ class Backend(NamedTuple):
   rows: Callable[..., Any] = permute.gather
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+class Split(NamedTuple):
+  """Experts split over a mesh axis, whose devices hold M tokens each.
+
+  Attributes:
+    axis: its name.
+    links: what reaches the other devices.
+  """
+
+  axis: str
+  links: layout.Links
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def experts(
   backend: Backend,
   impl: dispatch.Impl | None,
+  split: Split | None,
   rows: int | None,
   x_MD: jax.Array,
   index_MX: jax.Array,
@@ -70,17 +84,19 @@ def experts(
 ) -> jax.Array:
   """See `pallas_kernels.experts.api.experts`; `impl` is of the permutation."""
   weights = wi_0_EDF, wi_1_EDF, wo_EFD
-  return inference(backend, impl, rows, x_MD, index_MX, weight_MX, *weights)
+  tokens = x_MD, index_MX, weight_MX
+  return inference(backend, impl, split, rows, *tokens, *weights)
 
 
 def inference(
   backend: Backend,
   impl: dispatch.Impl | None,
+  split: Split | None,
   rows: int | None,
   *operands: jax.Array,
 ) -> jax.Array:
   """`experts` without a derivative."""
-  y_MD, *_ = _apply(backend, impl, rows, *operands, save=False)
+  y_MD, _ = _apply(backend, impl, split, rows, *operands, save=False)
   return y_MD
 
 
@@ -88,9 +104,18 @@ def _align(backend, rows, index_MX, wi_0_EDF) -> int:
   return backend.alignment(rows or index_MX.size, wi_0_EDF.shape[0])
 
 
+def _combine(impl, split, y_PD, plan, weight_MX):
+  """Weighted sums of this device's tokens."""
+  with jax.named_scope('combine'):
+    if split:
+      return split.links.combine(split.axis, y_PD, plan, weight_MX)
+    return permute.combine(y_PD, plan, weight_MX, impl=impl)
+
+
 def _apply(
   backend,
   impl,
+  split,
   rows,
   x_MD,
   index_MX,
@@ -101,6 +126,12 @@ def _apply(
   *,
   save,
 ):
+  if split:
+    with jax.named_scope('dispatch'):
+      x_MD, index_MX, weight_MX = split.links.gather(
+        split.axis, x_MD, index_MX, weight_MX
+      )
+    index_MX -= jax.lax.axis_index(split.axis) * wi_0_EDF.shape[0]
   align = _align(backend, rows, index_MX, wi_0_EDF)
   with jax.named_scope('plan'):
     plan = permute.plan(
@@ -112,22 +143,30 @@ def _apply(
     x_PD, wi_0_EDF, wi_1_EDF, plan.sizes_G, align=align, save=save
   )
   y_PD = backend.down(act_PF, wo_EFD, plan.sizes_G, align=align)
-  with jax.named_scope('combine'):
-    y_MD = permute.combine(y_PD, plan, weight_MX, impl=impl)
-  return y_MD, plan, gate_PF, up_PF
+  y_MD = _combine(impl, split, y_PD, plan, weight_MX)
+  return y_MD, (x_MD, plan, weight_MX, gate_PF, up_PF)
 
 
 def _forward(
-  backend, impl, rows, x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD
+  backend,
+  impl,
+  split,
+  rows,
+  x_MD,
+  index_MX,
+  weight_MX,
+  wi_0_EDF,
+  wi_1_EDF,
+  wo_EFD,
 ):
   weights = wi_0_EDF, wi_1_EDF, wo_EFD
-  y_MD, plan, gate_PF, up_PF = _apply(
-    backend, impl, rows, x_MD, index_MX, weight_MX, *weights, save=True
+  y_MD, kept = _apply(
+    backend, impl, split, rows, x_MD, index_MX, weight_MX, *weights, save=True
   )
-  return y_MD, (x_MD, plan, weight_MX, gate_PF, up_PF, *weights)
+  return y_MD, (*kept, *weights)
 
 
-def _backward(backend, impl, rows, residuals, dy_MD):
+def _backward(backend, impl, split, rows, residuals, dy_MD):
   x_MD, plan, weight_MX, gate_PF, up_PF, wi_0_EDF, wi_1_EDF, wo_EFD = residuals
   align = _align(backend, rows, weight_MX, wi_0_EDF)
   sizes_E = plan.sizes_G
@@ -137,10 +176,12 @@ def _backward(backend, impl, rows, residuals, dy_MD):
     .at[plan.source_P]
     .get(mode='fill', fill_value=0)
   )
+  dy_MD = dy_MD.astype(x_MD.dtype)
+  if split:
+    with jax.named_scope('dispatch'):
+      (dy_MD,) = split.links.gather(split.axis, dy_MD)
   with jax.named_scope('gather'):
-    dy_PD = permute.gather(
-      dy_MD.astype(x_MD.dtype), plan, clear=backend.clear, impl=impl
-    )
+    dy_PD = permute.gather(dy_MD, plan, clear=backend.clear, impl=impl)
   dgate_PF, dup_PF, scaled_PF, dweight_P = backend.down_backward(
     dy_PD, wo_EFD, gate_PF, up_PF, weight_P, sizes_E, align=align
   )
@@ -155,9 +196,10 @@ def _backward(backend, impl, rows, residuals, dy_MD):
   dx_PD = backend.up_backward(
     dgate_PF, dup_PF, wi_0_EDF, wi_1_EDF, sizes_E, align=align
   )
-  with jax.named_scope('combine'):
-    dx_MD = permute.combine(dx_PD, plan, jnp.ones_like(weight_MX), impl=impl)
+  dx_MD = _combine(impl, split, dx_PD, plan, jnp.ones_like(weight_MX))
   dweight_MX = dweight_P.at[plan.place_MX].get(mode='fill', fill_value=0)
+  if split:  # of each choice one device has the gradient, the others zero
+    dweight_MX = jax.lax.psum_scatter(dweight_MX, split.axis, tiled=True)
   return (
     dx_MD,
     None,

@@ -12,6 +12,7 @@ bandwidth busy.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +219,7 @@ def gather(
       'zero': plgpu.SMEM(box, x_MD.dtype),
       'full': plgpu.Barrier(num_barriers=GATHER_SLOTS),
     },
-    grid=(blocks or _blocks(),),
+    grid=(blocks or resident_blocks(),),
     grid_names=('block',),
     kernel_name='gather_rows',
   )
@@ -316,12 +317,8 @@ def combine(
   kernel = plgpu.kernel(
     _combine_body if weights else functools.partial(_combine_body, None),
     out_type=jax.ShapeDtypeStruct((tokens, *box), y_PD.dtype),
-    scratch_types={
-      'ring': plgpu.SMEM((COMBINE_SLOTS, choices, *box), y_PD.dtype),
-      'staging': plgpu.SMEM((2, *box), y_PD.dtype),
-      'full': plgpu.Barrier(num_arrivals=choices, num_barriers=COMBINE_SLOTS),
-    },
-    grid=(blocks or _blocks(),),
+    scratch_types=combine_scratch(choices, box, y_PD.dtype),
+    grid=(blocks or resident_blocks(),),
     grid_names=('block',),
     kernel_name='combine_rows',
   )
@@ -329,44 +326,89 @@ def combine(
   return hopper.varying_like(y_PD, y_MD.reshape(tokens, width))
 
 
+def combine_scratch(choices: int, box: tuple[int, int], dtype) -> dict:
+  """What `combine_tokens` needs of shared memory and barriers."""
+  return {
+    'ring': plgpu.SMEM((COMBINE_SLOTS, choices, *box), dtype),
+    'staging': plgpu.SMEM((2, *box), dtype),
+    'full': plgpu.Barrier(num_arrivals=choices, num_barriers=COMBINE_SLOTS),
+  }
+
+
 def _combine_body(
   weight_ref, place_ref, y_ref, out_ref, *, ring, staging, full
 ):
   block, blocks = lax.axis_index('block'), lax.axis_size('block')
-  tokens, choices = place_ref.shape
-  mine = lax.div(tokens - block + blocks - 1, blocks)
+  tokens = place_ref.shape[0]
+  combine_tokens(
+    weight_ref, place_ref, y_ref, ring, staging, full,
+    count=lax.div(tokens - block + blocks - 1, blocks),
+    number=lambda index: block + index * blocks,
+    target=lambda index: out_ref.at[block + index * blocks],
+  )  # fmt: skip
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def combine_tokens(
+  weight_ref,
+  place_ref,
+  y_ref,
+  ring,
+  staging,
+  full,
+  *,
+  count: jax.Array,
+  number: Callable,
+  target: Callable,
+  added: Sequence[Callable] = (),
+) -> None:
+  """A block's part of `combine`; its last copies to memory may be under way.
+
+  Args:
+    weight_ref: float32 weights, or None for 1.
+    place_ref: positions of each token's rows.
+    y_ref: the rows.
+    ring: as `combine_scratch` has it, and so are those that follow.
+    staging: two rows on their way to memory.
+    full: one barrier a token's rows in shared memory.
+    count: tokens.
+    number: index below `count` -> the token.
+    target: index -> where its sum goes.
+    added: index -> a row that is added to the sum, each.
+  """
 
   def load(index):
-    slot = lax.rem(index, COMBINE_SLOTS)
-    for x in range(choices):
+    slot, token = lax.rem(index, COMBINE_SLOTS), number(index)
+    for x in range(place_ref.shape[1]):
       # Position P is past the end, where a bulk copy reads zeros.
-      position = place_ref[block + index * blocks, x]
+      position = place_ref[token, x]
       plgpu.copy_gmem_to_smem(
         y_ref.at[position], ring.at[slot, x], full.at[slot]
       )
 
   for index in range(COMBINE_SLOTS):
-    pl.when(index < mine)(functools.partial(load, index))
+    pl.when(index < count)(functools.partial(load, index))
 
   def token(index, _):
     slot, half = lax.rem(index, COMBINE_SLOTS), lax.rem(index, 2)
-    number = block + index * blocks
+    rows = [row(index) for row in added]  # on their way while others come
     plgpu.barrier_wait(full.at[slot])
     total = jnp.zeros(staging.shape[1:], jnp.float32)
-    for x in range(choices):
+    for x in range(place_ref.shape[1]):
       row = ring[slot, x].astype(jnp.float32)
-      total += row if weight_ref is None else weight_ref[number, x] * row
+      total += row if weight_ref is None else weight_ref[number(index), x] * row
+    for row in rows:
+      total += row.astype(jnp.float32)
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
     staging[half] = total.astype(staging.dtype)
     # All threads have read the slot once they are here.
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging.at[half], out_ref.at[number])
-    pl.when(index + COMBINE_SLOTS < mine)(
+    plgpu.copy_smem_to_gmem(staging.at[half], target(index))
+    pl.when(index + COMBINE_SLOTS < count)(
       functools.partial(load, index + COMBINE_SLOTS)
     )
 
-  lax.fori_loop(0, mine, token, None)
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  lax.fori_loop(0, count, token, None)
 
 
 def weight_gradient(
@@ -384,7 +426,8 @@ def weight_gradient(
   )
 
 
-def _blocks() -> int:
+def resident_blocks() -> int:
+  """Persistent blocks of the kernels that move rows."""
   return RESIDENT * jax.local_devices()[0].core_count
 
 

@@ -13,12 +13,15 @@ uniformly:
   torch           the same by PyTorch and NCCL, in processes of its own
 
 `forward` starts from given choices and weights; `both` adds the gradients of
-tokens, routing weights and matrices. All are compared before they are timed.
-Communication alone is the strategy with its products left out. Useful bytes are
-the rows a GPU must receive: a token's, once for each other GPU that it needs,
-and a partial sum for each of these on the way back; as many backward. With L, P
-and C seconds of the layer, its products and its communication alone, the share
-hidden is (P + C - L) / C: negative where the layer takes more than both.
+tokens, routing weights and matrices. All are compared before they are timed;
+each runs for SETTLING before each of its rounds, since two GPUs at work are
+held at their power limit, where a round would tell of what ran before it.
+Communication alone is the strategy with its products left out; of `direct`, its
+rows there and, as sums of one row, back. Useful bytes are the rows a GPU must
+receive: a token's, once for each other GPU that it needs, and a partial sum for
+each of these on the way back; as many backward. With L, P and C seconds of the
+layer, its products and its communication alone, the share hidden is (P + C - L)
+/ C: negative where the layer takes more than both.
 """
 
 import argparse
@@ -47,6 +50,7 @@ from tests.bench import expert_programs, record, timing  # noqa: E402
 TOLERANCE = 2e-2  # of bfloat16 results against each other, in norm
 COMPARED = 8  # experts whose gradients are
 DIRECTIONS = ('forward', 'both')
+SETTLING = 0.2  # seconds; power limits set in within 0.15
 
 
 class Operands:
@@ -165,7 +169,7 @@ def measure(
       for program, run in programs.items()
       if (program.shape, program.direction) == (shape, direction)
     }
-    seconds = timing.race(calls)
+    seconds = timing.race(calls, before=SETTLING)
     useful = operands.useful_bytes(direction)
     rows.append(row(shape, direction, names, seconds, useful, errors))
   return rows
@@ -264,7 +268,10 @@ def arguments() -> argparse.Namespace:
   parser.add_argument(
     '--contenders',
     nargs='+',
-    default=['gather:1', 'gather:2', 'ragged:1', 'exchange:1', 'exchange:2'],
+    default=[
+      *('direct:1', 'gather:1', 'gather:2', 'ragged:1'),
+      *('exchange:1', 'exchange:2'),
+    ],
     help='STRATEGY:CHUNKS',
   )
   return parser.parse_args()

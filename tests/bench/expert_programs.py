@@ -19,6 +19,7 @@ import pallas_kernels
 from m2 import config
 from m2.parallel import cost, exchange, experts, sharding
 from m2.parallel import mesh as meshes
+from pallas_kernels.links import mosaic_gpu as links
 
 DEVICES = 2
 CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu', 'ragged_all_to_all')
@@ -129,10 +130,41 @@ def function(program: Program) -> Callable:
   return run
 
 
-def without_products(x_PD, index_PX, weight_PX, *matrices, rows=None, impl):
+def without_products(
+  x_PD, index_PX, weight_PX, *matrices, rows=None, axis=None, impl
+):
   """Stands for the experts: rows as they came, times their weights."""
-  del index_PX, matrices, rows, impl
+  del matrices, rows, impl
+  if axis:
+    return there_and_back(axis, x_PD, index_PX, weight_PX)
   return (x_PD * weight_PX.sum(1, keepdims=True)).astype(x_PD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def there_and_back(axis, x_MD, index_MX, weight_MX):
+  """The rows of `direct` to all devices and, as sums of one row, back."""
+  x_PD, index_PX, weight_PX = links.LINKS.gather(
+    axis, x_MD, index_MX, weight_MX
+  )
+  place_P1 = sharding.varying(jnp.arange(len(x_PD), dtype=jnp.int32)[:, None])
+  plan = pallas_kernels.Plan(index_PX, index_PX, place_P1, index_PX)
+  weight_P1 = weight_PX.sum(1, keepdims=True)
+  return links.LINKS.combine(axis, x_PD, plan, weight_P1)
+
+
+def _there_and_back_forward(axis, x_MD, index_MX, weight_MX):
+  known = index_MX, weight_MX
+  return there_and_back(axis, x_MD, *known), known
+
+
+def _there_and_back_backward(axis, known, dy_MD):
+  dx_MD = there_and_back(axis, dy_MD, *known)
+  weight_PX = jax.lax.all_gather(known[1], axis, tiled=True)
+  dweight_MX = jax.lax.psum_scatter(weight_PX, axis, tiled=True)
+  return dx_MD, None, dweight_MX
+
+
+there_and_back.defvjp(_there_and_back_forward, _there_and_back_backward)
 
 
 def lowered(program: Program) -> bytes:

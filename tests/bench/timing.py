@@ -1,5 +1,6 @@
 """How GPU contenders are compiled and timed, the same in every benchmark."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,11 @@ def compile(
 
 
 def race(
-  calls: Mapping[str, Callable], *, most: int = 20, parts: int = 1
+  calls: Mapping[str, Callable],
+  *,
+  most: int = 20,
+  parts: int = 1,
+  before: float = 0.0,
 ) -> dict[str, dict[str, float]]:
   """Seconds a call of each contender, in turns; see `record.summary`.
 
@@ -31,14 +36,20 @@ def race(
     calls: name -> call.
     most: calls of a round, at the most.
     parts: equal parts that a call consists of; seconds are of one.
+    before: seconds for which a contender runs before each of its rounds, so
+      that clocks have settled to what it takes and not the one before it.
   """
-  count = {}
+  count, warm = {}, {}
   for name, call in calls.items():
     timed(call, 1)
-    count[name] = max(1, min(most, int(ROUND_SECONDS / timed(call, 1))))
+    seconds = timed(call, 1)
+    count[name] = max(1, min(most, int(ROUND_SECONDS / seconds)))
+    warm[name] = math.ceil(before / seconds)
   samples = {name: [] for name in calls}
   for _ in range(ROUNDS):
     for name, call in calls.items():
+      if warm[name]:
+        timed(call, warm[name])
       samples[name].append(timed(call, count[name]) / parts)
   return {name: record.summary(seconds) for name, seconds in samples.items()}
 

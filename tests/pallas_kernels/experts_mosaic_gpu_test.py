@@ -154,7 +154,7 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
       hopper_cases.compiled_here(),
       mock.patch.dict(permute.MOVES, {'xla': moves}),
     ):
-      got = run(functools.partial(vjp.experts, tiny, 'xla', None))
+      got = run(functools.partial(vjp.experts, tiny, 'xla', None, None))
     with jax.default_matmul_precision('highest'):
       want = run(ref.experts)
     for ours, spec in zip(got, want):
@@ -219,6 +219,7 @@ class ResidualsTest(absltest.TestCase):
       ),
       'xla',
       None,
+      None,
     )
 
     def shape(*dims, dtype=jnp.bfloat16):
@@ -264,6 +265,7 @@ class ResidualsTest(absltest.TestCase):
         ),
       ),
       'xla',
+      None,
       None,
     )
 

@@ -133,7 +133,7 @@ class ExpertsMosaicTpuTest(parameterized.TestCase):
       )
       return y, *pull(dy.astype(y.dtype))
 
-    got = run(functools.partial(vjp.experts, tiny, 'xla', None))
+    got = run(functools.partial(vjp.experts, tiny, 'xla', None, None))
     with jax.default_matmul_precision('highest'):
       want = run(ref.experts)
     for ours, spec in zip(got, want):

@@ -67,6 +67,7 @@ HOPPER = types.SimpleNamespace(
   compute_capability='9.0',
   device_kind='NVIDIA H100 80GB HBM3',
   core_count=132,
+  local_hardware_id=0,
 )
 
 

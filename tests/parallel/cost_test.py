@@ -77,6 +77,14 @@ class BytesTest(parameterized.TestCase):
     self.assertAlmostEqual(rows, 7.56, delta=0.01)
     self.assertAlmostEqual(sent / (8192 * rows * (2 * 6144 + 64)), 1)
 
+  def test_direct_moves_what_gather_moves(self):
+    for backward in (False, True):
+      direct, gather = (
+        cost.expert_bytes(strategy, m2(8192, 8), backward=backward)
+        for strategy in ('direct', 'gather')
+      )
+      self.assertEqual(direct, gather)
+
   def test_an_unknown_strategy_is_named(self):
     with self.assertRaisesRegex(ValueError, 'scatter'):
       cost.expert_bytes('scatter', m2(8, 8))
@@ -123,6 +131,9 @@ class ChoiceTest(parameterized.TestCase):
   def test_over_two_gpus_it_is_what_was_fastest_there(self, kind):
     for tokens in (8192, 16384):  # tests/bench/results/expert_parallel-*
       self.assertEqual(cost.choose(m2(tokens, 2), kind)[:2], ('gather', 1))
+      direct = (*cost.STRATEGIES, 'direct')
+      choice = cost.choose(m2(tokens, 2), kind, strategies=direct)
+      self.assertEqual(choice[:2], ('direct', 1))
 
   def test_few_tokens_are_not_cut(self):
     self.assertEqual(cost.choose(m2(64, 8), 'TPU v5').chunks, 1)

@@ -36,6 +36,30 @@ class ChoiceTest(parameterized.TestCase):
     with self.assertRaisesRegex(NotImplementedError, "use 'exchange'"):
       self.traced(strategy='ragged')
 
+  def test_direct_off_gpus_refuses_and_says_what_to_use(self):
+    with self.assertRaisesRegex(NotImplementedError, "Hopper.*use 'gather'"):
+      self.traced(strategy='direct')
+
+  def test_auto_knows_of_direct_where_it_can_run(self):
+    asked = []
+
+    def choose(layer, kind, *, strategies, chunks):
+      asked.append(strategies)
+      return cost.Choice('gather', 1, 'said so')
+
+    with (
+      mock.patch.object(cost, 'choose', choose),
+      mock.patch.object(experts, '_device', lambda: ('gpu', 'H100')),
+    ):
+      self.traced()
+      with mock.patch.object(experts.kernels, 'split_refusal', lambda *_: None):
+        self.traced()
+        self.traced(impl='xla')
+      with self.assertRaisesRegex(NotImplementedError, 'not of xla'):
+        self.traced(strategy='direct', impl='xla')
+    everywhere = cost.STRATEGIES
+    self.assertEqual(asked, [everywhere, (*everywhere, 'direct'), everywhere])
+
   def test_unknown_strategy_and_chunks_are_named(self):
     with self.assertRaisesRegex(ValueError, 'raged.*auto, gather'):
       self.traced(strategy='raged')

@@ -222,6 +222,7 @@ def layer(tokens: int, groups: int) -> Case:
         experts.BACKEND,
         'mosaic_tpu',
         None,
+        None,
         x_MD,
         index_MX,
         weight_MX,

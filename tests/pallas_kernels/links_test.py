@@ -1,0 +1,189 @@
+"""Experts split over devices, and the kernels that write into other GPUs.
+
+On CPUs the split layer runs by XLA's collectives, and the kernels are lowered.
+Where there are Hopper GPUs the same tests run these:
+`python -m tests.pallas_kernels.links_test`.
+"""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+from jax.experimental.mosaic.gpu import core as mosaic
+
+import pallas_kernels
+from pallas_kernels.experts import ref
+from pallas_kernels.links import mosaic_gpu, xla
+from pallas_kernels.permute import api as permute
+from tests.pallas_kernels import experts_test, hopper_cases
+
+GPU = jax.default_backend() == 'gpu'
+SPEC = jax.P('expert')
+TOKENS = 19  # a device; no multiple of anything
+# Width, hidden, dtype, tolerance in norm.
+LAYERS = {
+  'xla': (24, 40, 'float32', experts_test.FP32_TOLERANCE),
+  'mosaic_tpu': (128, 128, 'bfloat16', experts_test.BF16_TOLERANCE),
+  'mosaic_gpu': (768, 384, 'bfloat16', experts_test.BF16_TOLERANCE),
+}
+
+
+def mesh(devices: int) -> jax.sharding.Mesh:
+  types = (jax.sharding.AxisType.Auto,)
+  return jax.make_mesh(
+    (devices,), ('expert',), types, devices=jax.devices()[:devices]
+  )
+
+
+def spread(run, where, *, check=True):
+  """`run` on the local blocks of its arguments, jitted."""
+  return jax.jit(
+    jax.shard_map(
+      run, mesh=where, in_specs=SPEC, out_specs=SPEC, check_vma=check
+    )
+  )
+
+
+def rows_and_plan(tokens: int, devices: int, width: int, dtype, groups=5):
+  """What each device has of rows and places of all tokens, stacked."""
+  keys = jax.random.split(jax.random.key(tokens), 3 * devices)
+  found = []
+  for own in range(devices):
+    index_MX = jax.random.randint(keys[3 * own], (devices * tokens, 3), -2, 8)
+    plan = permute.plan(index_MX, groups, align=8, impl='xla')
+    y_PD = jax.random.normal(keys[3 * own + 1], (len(plan.source_P), width))
+    weight_MX = jax.random.uniform(keys[3 * own + 2], index_MX.shape)
+    found.append((y_PD.astype(dtype), plan, weight_MX))
+  return jax.tree.map(lambda *z: jnp.concatenate(z), *found)
+
+
+class SplitTest(parameterized.TestCase):
+  @parameterized.parameters(2, 4)
+  def test_equals_one_device_that_holds_all(self, devices):
+    if jax.device_count() < devices:
+      self.skipTest(f'needs {devices} devices')
+    self.check('mosaic_gpu' if GPU else 'xla', devices)
+
+  @pytest.mark.heavy
+  def test_kernels_for_tpus_are_split_too(self):
+    if GPU:
+      self.skipTest('runs in the interpreter')
+    self.check('mosaic_tpu', 2)
+
+  def check(self, impl, devices):
+    width, hidden, dtype, tolerance = LAYERS[impl]
+    keys = jax.random.split(jax.random.key(devices), 6)
+    tokens, experts = devices * TOKENS, 3 * devices
+    # Expert 1 has nothing, and -1 and `experts` are none.
+    index = jax.random.randint(keys[0], (tokens, 3), -1, experts + 1)
+    index = jnp.where(index == 1, 2, index)
+    weight = jax.random.uniform(keys[1], index.shape)
+    wide, tall = (experts, width, hidden), (experts, hidden, width)
+    shapes = (tokens, width), wide, wide, tall
+    x, *ws = (
+      (jax.random.normal(key, shape) / 4).astype(dtype)
+      for key, shape in zip(keys[2:], shapes)
+    )
+    layer = functools.partial(pallas_kernels.experts, axis='expert', impl=impl)
+    # Pallas' interpreter does not know on which axes its values differ.
+    layer = spread(layer, mesh(devices), check=impl != 'mosaic_tpu')
+    with jax.default_matmul_precision('highest'):
+      got = experts_test.with_gradients(layer, x, index, weight, *ws)
+      want = experts_test.with_gradients(ref.experts, x, index, weight, *ws)
+    names = 'y', 'x', 'weight', 'wi_0', 'wi_1', 'wo'
+    for name, ours, spec in zip(names, got, want, strict=True):
+      ours, spec = np.float64(ours), np.float64(spec)
+      error = np.linalg.norm(ours - spec) / np.linalg.norm(spec)
+      self.assertLess(error, tolerance, name)
+
+
+class KernelsTest(parameterized.TestCase):
+  @parameterized.parameters('gather', 'combine')
+  def test_lowers_to_a_kernel_that_reaches_other_devices(self, name):
+    dtype, width = jnp.bfloat16, 768
+    if name == 'gather':
+      arguments = (jnp.zeros((2 * TOKENS, width), dtype), jnp.zeros((38, 3)))
+    else:
+      arguments = rows_and_plan(TOKENS, 2, width, dtype)
+    run = functools.partial(getattr(mosaic_gpu, name), 'expert')
+    with (
+      hopper_cases.hopper_here(),
+      mock.patch.object(
+        mosaic, 'is_single_process_multi_device_topology', lambda: True
+      ),
+    ):
+      exported = hopper_cases.export(spread(run, mesh(2)), *arguments)
+    module = exported.mlir_module()
+    self.assertEqual(hopper_cases.kernels(exported), 1)
+    self.assertIn('uses_xla_collective_metadata = true', module)
+    self.assertIn('xla_replica_ids = "0,1"', module)
+
+  @parameterized.product(
+    tokens=(1, TOKENS, 4096), dtype=('bfloat16', 'float32')
+  )
+  def test_gather_and_combine_are_xlas(self, tokens, dtype):
+    if not GPU or jax.device_count() < 2:
+      self.skipTest('needs two Hopper GPUs')
+    devices = jax.device_count()
+    keys = jax.random.split(jax.random.key(tokens), 3)
+    x = jax.random.normal(keys[0], (devices * tokens, 768)).astype(dtype)
+    index = jax.random.randint(keys[1], (devices * tokens, 3), -1, 9)
+    weight = jax.random.uniform(keys[2], index.shape)
+    pulled = (x, index, weight)
+    summed = rows_and_plan(tokens, devices, 768, dtype)
+
+    def run(links, pulled, summed):
+      everything = links.gather('expert', *pulled)
+      return *everything, links.combine('expert', *summed)
+
+    ours, theirs = (
+      spread(functools.partial(run, links), mesh(devices))
+      for links in (mosaic_gpu.LINKS, xla.LINKS)
+    )
+    *want, want_sum = theirs(pulled, summed)
+    first = ours(pulled, summed)
+    for found, spec in zip(first[:3], want, strict=True):
+      np.testing.assert_array_equal(found, spec)
+    error = np.float64(first[3]) - np.float64(want_sum)
+    limit = {'bfloat16': 8e-3, 'float32': 1e-6}[dtype]
+    self.assertLess(
+      np.linalg.norm(error), limit * np.linalg.norm(np.float64(want_sum))
+    )
+    for _ in range(20):  # bit for bit, whoever is first
+      for found, spec in zip(ours(pulled, summed), first, strict=True):
+        np.testing.assert_array_equal(found, spec)
+
+
+class RefusalTest(absltest.TestCase):
+  def refusal(self):
+    with hopper_cases.hopper_here():
+      return mosaic_gpu.refusal(jnp.dtype('bfloat16'), 768, 8)
+
+  def test_one_process_is_needed(self):
+    self.assertIsNone(self.refusal())
+    with mock.patch.object(jax, 'process_count', lambda: 2):
+      self.assertRegex(self.refusal(), 'of one process')
+
+  def test_gpus_that_cannot_reach_each_other_are_named(self):
+    answers = {(0, 1): 1, (1, 0): 1, (0, 3): 1, (3, 0): 0, (1, 3): 1, (3, 1): 1}
+
+    class Driver:
+      def cuDeviceGet(self, handle, ordinal):
+        handle._obj.value = ordinal
+        return 0
+
+      def cuDeviceCanAccessPeer(self, able, one, other):
+        able._obj.value = answers[one.value, other.value]
+        return 0
+
+    with mock.patch.object(mosaic_gpu.ctypes, 'CDLL', lambda name: Driver()):
+      self.assertIsNone(mosaic_gpu._apart.__wrapped__((0, 1)))
+      self.assertEqual(mosaic_gpu._apart.__wrapped__((0, 1, 3)), (3, 0))
+
+
+if __name__ == '__main__':
+  absltest.main()
