@@ -30,7 +30,6 @@ parse = parser.parse
 StreamParser = parser.StreamParser
 
 DEFAULT_SYSTEM = 'You are a helpful assistant.'
-GENERATION_PROMPT = f'{markup.ROLE}ai\n{markup.THINK}\n'
 _ROLES = ('system', 'user', 'assistant', 'tool')
 
 _TOOLS_HEAD = (

@@ -225,8 +225,9 @@ def _from_introspection(
       'dead_experts', f'{worst:.0%} at most in a layer', worst <= _DEAD_EXPERTS
     )
   if 'update_ratio' in record:
+    # Null stands for a value that was not finite.
     values = [
-      (value, name)
+      (math.nan if value is None else value, name)
       for name, layers in record['update_ratio'].items()
       for value in (layers if isinstance(layers, list) else [layers])
     ]

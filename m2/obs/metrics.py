@@ -68,7 +68,10 @@ class MetricWriter:
       metrics: scalars by name, numbers or arrays without dimensions. What is
         not finite becomes null, so that every line stays valid JSON.
     """
-    row = {name: _number(value) for name, value in metrics.items()}
+    row = {
+      name: _finite(value if isinstance(value, int) else float(value))
+      for name, value in metrics.items()
+    }
     self._line('metrics', step, row)
     if self._board:
       for name, value in row.items():
@@ -76,12 +79,17 @@ class MetricWriter:
           self._board.add_scalar(name, value, step)
 
   def record(self, step: int, values: Mapping[str, Any]) -> None:
-    """Writes one introspection record of numbers, lists and dicts of them."""
-    self._line('introspection', step, values)
+    """Writes one introspection record of numbers, lists and dicts of them.
+
+    As in `write`, what is not finite becomes null.
+    """
+    self._line('introspection', step, _finite(values))
 
   def _line(self, name: str, step: int, row: Mapping[str, Any]) -> None:
     # One write call a line: the kernel has it whole or not at all.
-    self._files[name].write(json.dumps({'step': step, **row}) + '\n')
+    self._files[name].write(
+      json.dumps({'step': step, **row}, allow_nan=False) + '\n'
+    )
 
   def close(self) -> None:
     """Closes the files; nothing is buffered, so a kill loses nothing."""
@@ -91,9 +99,13 @@ class MetricWriter:
       self._board.close()
 
 
-def _number(value: Any) -> float | int | None:
-  number = value if isinstance(value, int) else float(value)
-  return number if math.isfinite(number) else None
+def _finite(value: Any) -> Any:
+  """Numbers, lists and dicts of them, with None for what is not finite."""
+  if isinstance(value, Mapping):
+    return {name: _finite(one) for name, one in value.items()}
+  if isinstance(value, list):
+    return [_finite(one) for one in value]
+  return value if math.isfinite(value) else None
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -32,7 +32,6 @@ class Chip:
     kind: `jax.Device.device_kind`.
     hbm: bytes of memory of a chip.
     bf16: peak FLOP/s of a chip.
-    fp8: the same for FP8; equal to `bf16` where FP8 is only a storage format.
     hbm_rate: bytes/s of memory of a chip.
     link: bytes/s of one ICI link in one direction.
     dims: dimensions of the torus; a chip has two links in each.
@@ -45,7 +44,6 @@ class Chip:
   kind: str
   hbm: int
   bf16: float
-  fp8: float
   hbm_rate: float
   link: float
   dims: int
@@ -69,7 +67,6 @@ CHIPS = {
       kind='TPU v5 lite',
       hbm=16 * GIB,
       bf16=197 * TERA,
-      fp8=197 * TERA,
       hbm_rate=819 * GB,
       link=50 * GB,
       dims=2,
@@ -82,7 +79,6 @@ CHIPS = {
       kind='TPU v5',
       hbm=95 * GIB,
       bf16=459 * TERA,
-      fp8=459 * TERA,
       hbm_rate=2765 * GB,
       link=100 * GB,
       dims=3,
@@ -95,7 +91,6 @@ CHIPS = {
       kind='TPU v6 lite',
       hbm=32 * GIB,
       bf16=918 * TERA,
-      fp8=918 * TERA,
       hbm_rate=1638 * GB,
       link=100 * GB,
       dims=2,
@@ -108,7 +103,6 @@ CHIPS = {
       kind='TPU7x',
       hbm=192 * GIB,
       bf16=2307 * TERA,
-      fp8=4614 * TERA,
       hbm_rate=7380 * GB,
       link=100 * GB,
       dims=3,

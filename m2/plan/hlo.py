@@ -161,14 +161,6 @@ class Module:
           add(callee)
     return frozenset(found)
 
-  def dynamic_loops(self) -> list[Instruction]:
-    """Loops whose trip count only the data decides."""
-    return [
-      one
-      for one in self.by_name.values()
-      if one.opcode == 'while' and self.trips(one) is None
-    ]
-
 
 def parse(text: str) -> Module:
   """Parses what `jax.stages.Compiled.as_text` gives.

@@ -152,7 +152,10 @@ def search(
       found.append(_ranked(one, sizes, held, target, links, update))
 
   def key(one: Candidate):
-    return one.apart / math.prod(update.shape(one.config)), one.memory.peak
+    seconds = one.apart / math.prod(update.shape(one.config))
+    # Rounder moments are for runs that need the memory.
+    rounder = one.config.optim.moment != config.optim.moment
+    return seconds, rounder, one.memory.peak
 
   return sorted(found, key=key)
 

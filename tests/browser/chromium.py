@@ -4,7 +4,6 @@ The DevTools protocol speaks JSON messages ended by a zero byte on file
 descriptors 3 (to the browser) and 4 (from it). No port is opened.
 """
 
-import base64
 import itertools
 import json
 import os
@@ -161,13 +160,6 @@ class Page:
     """Moves the pointer to a place in the window."""
     self.call('Input.dispatchMouseEvent', type='mouseMoved', x=x, y=y)
     self.settle()
-
-  def screenshot(self, path: pathlib.Path) -> None:
-    """Writes the whole page as a PNG."""
-    reply = self.call(
-      'Page.captureScreenshot', format='png', captureBeyondViewport=True
-    )
-    path.write_bytes(base64.b64decode(reply['data']))
 
   def _next(self, end: float, waiting_for: str) -> dict[str, Any]:
     while b'\0' not in self._buffer:

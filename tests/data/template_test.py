@@ -254,7 +254,9 @@ class SpansTest(absltest.TestCase):
       [{'role': 'user', 'content': 'a'}], TOOLS, add_generation_prompt=True
     )
     self.assertEqual(rendered.spans, ())
-    self.assertTrue(rendered.text.endswith(template.GENERATION_PROMPT))
+    self.assertTrue(
+      rendered.text.endswith(f'{markup.ROLE}ai\n{markup.THINK}\n')
+    )
     self.assertFalse(any(piece.trained for piece in rendered.pieces()))
 
   def test_nobody_can_write_a_special_token_into_a_conversation(self):

@@ -1,7 +1,6 @@
 """The diagnosis names the planted weakness and cites what can be looked up."""
 
 import json
-import math
 import pathlib
 
 from absl.testing import absltest, parameterized
@@ -202,7 +201,7 @@ class ReadingsTest(parameterized.TestCase):
     self.write(
       self.rl,
       'introspection.jsonl',
-      {'step': 1, 'update_ratio': {'attn': [1e-3], 'experts': [math.nan]}},
+      {'step': 1, 'update_ratio': {'attn': [1e-3], 'experts': [None]}},
     )
     found = self.readings()
     self.assertFalse(found['ce'].healthy)

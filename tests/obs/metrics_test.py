@@ -37,7 +37,11 @@ class WriterTest(parameterized.TestCase):
   def test_what_is_not_finite_is_null(self):
     with metrics.MetricWriter(self.workdir, tensorboard=True) as writer:
       writer.write(1, {'a': float('nan'), 'b': np.float32(np.inf)})
+      writer.record(1, {'ratio': {'attn': [1.0, float('nan')], 'n': 2}})
     self.assertEqual(self.rows(), [{'step': 1, 'a': None, 'b': None}])
+    (line,) = (self.workdir / 'introspection.jsonl').read_text().splitlines()
+    want = {'step': 1, 'ratio': {'attn': [1.0, None], 'n': 2}}
+    self.assertEqual(json.loads(line), want)
 
   def test_resuming_drops_later_and_torn_lines(self):
     with metrics.MetricWriter(self.workdir) as writer:

@@ -54,6 +54,16 @@ class SearchTest(absltest.TestCase):
     apart = [one.apart for one in found]
     self.assertEqual(apart, sorted(apart))
 
+  def test_moments_are_rounder_only_where_that_is_needed(self):
+    found = search.search(self.run_config, self.target, rates)
+    seen = {}
+    for one in found:
+      seen.setdefault(one.apart, []).append(one.config.optim.moment)
+    both = [moments for moments in seen.values() if len(set(moments)) == 2]
+    self.assertNotEmpty(both)
+    for moments in both:
+      self.assertEqual(moments, sorted(moments, reverse=True))  # float32 first
+
   def test_settings_are_a_command_line(self):
     best = search.search(self.run_config, self.target, rates)[0]
     leaves = dict(
