@@ -64,6 +64,7 @@ def main(_) -> None:
       keep(kept, (CONFIG.value.to_json(indent=2) + '\n').encode())
   except OSError as error:
     stop(f'--workdir={workdir}: {error}', 1)
+  recorded = sizes(workdir)
   try:
     run(config, workdir)
   except Exception as error:
@@ -72,7 +73,8 @@ def main(_) -> None:
     refused = isinstance(error, ValueError | NotImplementedError)
     with contextlib.suppress(OSError):  # the disk may be what failed
       details.write_text(traceback.format_exc())
-      if rank == 0 and refused and before:  # a refusal leaves no mark
+      # A refusal leaves no mark, unless the run was under way already.
+      if rank == 0 and refused and before and sizes(workdir) == recorded:
         keep(kept, before)
     if not ours and not refused and not isinstance(error, OSError):
       traceback.print_exc()  # a bug, not a message to the user
@@ -133,6 +135,11 @@ def parse(argv: list[str]) -> list[str]:
     stop('give --config=FILE, such as --config=configs/m2.py:tiny', 2)
   logging.set_verbosity(logging.WARNING)
   return left
+
+
+def sizes(workdir: pathlib.Path) -> dict[str, int]:
+  """Bytes of what runs record step by step."""
+  return {path.name: path.stat().st_size for path in workdir.glob('*.jsonl')}
 
 
 def keep(path: pathlib.Path, data: bytes) -> None:

@@ -132,6 +132,34 @@ class MainTest(parameterized.TestCase):
     kept = json.loads((workdir / 'config.json').read_text())
     self.assertEqual(kept['steps'], 12)
 
+  @parameterized.parameters((True, 7), (False, 1))
+  def test_one_that_ends_under_way_keeps_its_own(self, recorded, seed):
+    workdir = self.folder / f'under-way-{recorded}'
+    workdir.mkdir()
+    (workdir / 'metrics.jsonl').write_text('{"step": 1}\n')
+    (workdir / 'config.json').write_text('{"seed": 1}')
+    code = f"""
+import main
+def run(config, workdir):
+  if {recorded}:
+    with open(workdir / 'metrics.jsonl', 'a') as file:
+      file.write('{{"step": 2}}\\n')
+  raise ValueError('row 3 is broken')
+main.run = run
+main.app.run(main.main, flags_parser=main.parse)
+"""
+    words = '--config=configs/m2.py:tiny,seed=7', f'--workdir={workdir}'
+    run = subprocess.run(
+      [sys.executable, '-c', code, *words],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(run.returncode, 2, run.stderr)
+    self.assertIn('row 3 is broken', run.stderr)
+    kept = json.loads((workdir / 'config.json').read_text())
+    self.assertEqual(kept['seed'], seed)
+
   @parameterized.parameters(
     ('gs://bucket/run', 2, 'mount the bucket'),
     ('/proc/none/run', 1, '--workdir=/proc/none/run'),
