@@ -84,6 +84,7 @@ def train_program(
   optimizer = optim.make(cfg, config.steps)
   state = train_state.abstract(model, mesh, optimizer)
   rows, length = config.data.batch, config.data.length
+  _check_rows('data.batch', rows, mesh, cfg.accumulate)
   dtypes = dict.fromkeys(('tokens', 'targets', 'positions', 'until'), jnp.int32)
   where = sharding.batch_sharding(mesh)
   batch = {
@@ -102,6 +103,17 @@ def train_program(
     _training_memory(state, batch, work),
     tuple(counts.train(work)),
   )
+
+
+def _check_rows(name: str, rows: int, mesh, parts: int = 1) -> None:
+  """Refuses a setting that the devices, in `parts` turns, cannot share."""
+  ways = parts * counts.ways(mesh.shape, sharding.RULES['batch'])
+  if rows % ways:
+    turns = f' times optim.accumulate={parts}' if parts > 1 else ''
+    raise ValueError(
+      f'{name}={rows} is not a multiple of {ways}, the devices that rows are '
+      f'split over (data * fsdp * expert){turns}: change it or the mesh'
+    )
 
 
 def _work(mesh, model, rows: int, length: int, parts: int = 1) -> counts.Work:
@@ -127,6 +139,7 @@ def rl_program(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> Program:
   optimizer = optim.make(config.optim, config.steps)
   state = train_state.abstract(model, mesh, optimizer)
   shape = forge.lines, forge.row_tokens
+  _check_rows('forge.lines', forge.lines, mesh)
   everywhere = jax.sharding.NamedSharding(mesh, jax.P())
   lines = sharding.batch_sharding(mesh)
 
@@ -181,6 +194,7 @@ def rollout_params(model: settings.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
 def _slots(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> slots.Slots:
   """Shapes of the engine's state; shardings are part of their types."""
   engine = config.engine
+  _check_rows('engine.slots', engine.slots, mesh)
   make = functools.partial(
     slots.empty, config.model, engine.slots, engine.length
   )
