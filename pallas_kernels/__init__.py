@@ -1,8 +1,9 @@
 """Kernels for sparse mixtures of experts, one folder an operation.
 
 Each folder holds `api.py` (the public function), `ref.py` (the specification in
-plain jnp; in `permute/` it is `xla.py`) and one file a backend. Usable without
-the rest of this repository.
+plain jnp; in `permute/` it is `xla.py`) and one file a backend. `links/`, which
+moves rows between devices, has backends alone: `experts` is its interface.
+Usable without the rest of this repository.
 """
 
 from pallas_kernels.attention.api import attention

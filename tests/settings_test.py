@@ -149,6 +149,14 @@ class RefusalTest(parameterized.TestCase):
     self.refuse(
       ['--config=configs/rl.py', '--config.mode=plan'], 'has no data section'
     )
+    self.refuse(
+      [
+        '--config=configs/m2.py',
+        '--config.mode=plan',
+        '--config.model.expert_strategy=direct',
+      ],
+      'direct is for GPUs',
+    )
 
   def test_experts_that_have_no_gradient(self):
     self.refuse(

@@ -133,6 +133,11 @@ class RunConfig(base.Settings):
         'plan.programs has train, and this config has no data section: leave '
         'it out, such as plan.programs=rl,decode,prefill,sync'
       )
+    if self.mode == 'plan' and self.model.expert_strategy == 'direct':
+      errors.append(
+        'model.expert_strategy=direct is for GPUs and plans are of TPUs: set '
+        'it to auto'
+      )
     if self.engine and self.engine.fp8:
       try:
         dataclasses.replace(self.model, fp8_experts=True)._check()

@@ -28,7 +28,7 @@ class ModelConfig(base.Settings):
   param_dtype: str = 'float32'  # stored weights
   fp8_experts: bool = False  # hold the experts in block-FP8: no training
   remat: str = 'block'  # none | block | full: see m2/model/transformer.py
-  # gather | ragged | exchange | auto; experts in FP8 always gather
+  # auto | gather | ragged | exchange | direct; experts in FP8 always gather
   expert_strategy: str = 'auto'
   expert_chunks: int = 0  # most slices of tokens that overlap; 0 = auto
 

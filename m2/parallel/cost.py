@@ -13,7 +13,8 @@ pass of one layer; R = M * D * itemsize, and the backward pass moves as many:
             `room`: M * reach with HEADROOM, at most M
   ragged    ragged-all-to-all  the same with M * reach instead of C, and an
             all-to-all of n integers
-  direct    what `gather` moves
+  direct    what `gather` moves, by kernels: on the way back a row leaves while
+            the next ones are read
 
 (Backward, `gather` exchanges the two kinds: (n - 1) * 4 * M * X less.) A
 chunked layer moves the same in `chunks` parts. What `exchange` adds under skew
@@ -32,6 +33,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 STRATEGIES = ('gather', 'ragged', 'exchange')
+WITH_DIRECT = (*STRATEGIES, 'direct')  # on GPUs of one process
 CHUNKS = (1, 2, 4, 8)
 HEADROOM = 1.25  # room of a slice over the balanced load
 RATE = 0.7  # of a chip's peak that grouped products reach
@@ -54,7 +56,7 @@ class Chip:
     placing: seconds in which `exchange` and `ragged` place a slice's copies.
     skips: kernels do not touch the room that rows leave empty.
     direct: bytes a second at which kernels write into the memory of another
-      device of their process.
+      device of their process; 0 = they cannot.
   """
 
   flops: float
@@ -76,14 +78,22 @@ class Chip:
 # H100 was measured to reach 329e9 (bus bandwidth, 1 GiB); the share of
 # ragged_all_to_all and the placing are of `tests/bench/expert_parallel.py` on
 # two H200, and so is the rate of `direct`. No TPU's placing was measured.
-_HOPPER = 3.3e11, 0, 2e-5, 0.8, 5e-4, True, 3.6e11
+_HOPPER = {
+  'link': 3.3e11,
+  'torus': 0,
+  'latency': 2e-5,
+  'ragged': 0.8,
+  'placing': 5e-4,
+  'skips': True,
+  'direct': 3.6e11,
+}
 CHIPS: Mapping[str, Chip] = {
   'TPU v5 lite': Chip(1.97e14, 16e9, 8.1e11, 4.5e10, 2, 5e-6, 1.0, 0, False),
   'TPU v5': Chip(4.59e14, 95e9, 2.8e12, 9e10, 3, 5e-6, 1.0, 0, False),
   'TPU v6 lite': Chip(9.18e14, 32e9, 1.6e12, 9e10, 2, 5e-6, 1.0, 0, False),
   'TPU7x': Chip(1.153e15, 96e9, 3.7e12, 5e10, 3, 5e-6, 1.0, 0, False),
-  'NVIDIA H100': Chip(9.89e14, 80e9, 3.35e12, *_HOPPER),
-  'NVIDIA H200': Chip(9.89e14, 141e9, 4.8e12, *_HOPPER),
+  'NVIDIA H100': Chip(9.89e14, 80e9, 3.35e12, **_HOPPER),
+  'NVIDIA H200': Chip(9.89e14, 141e9, 4.8e12, **_HOPPER),
 }
 
 
@@ -173,7 +183,7 @@ def expert_bytes(
   """Bytes that a device receives over the `expert` axis, by collective.
 
   Args:
-    strategy: one of STRATEGIES, or direct.
+    strategy: one of WITH_DIRECT.
     layer: the layer.
     chunks: slices of its tokens.
     backward: of the backward pass instead of the forward.
@@ -196,9 +206,7 @@ def expert_bytes(
       'ragged-all-to-all': others * copies * (2 * row + known),
       'all-to-all': sizes,
     }
-  raise ValueError(
-    f'{strategy=}: choose one of {", ".join(STRATEGIES)}, direct'
-  )
+  raise ValueError(f'{strategy=}: choose one of {", ".join(WITH_DIRECT)}')
 
 
 def slice_room(layer: Layer, chunks: int) -> Room:
@@ -255,8 +263,12 @@ def seconds(
   total = talked = 0.0
   for backward in (False, True):
     moved = expert_bytes(strategy, layer, chunks, backward=backward)
-    if strategy == 'direct':  # sums leave while the next rows are added up
-      talk = chunks * chip.latency + moved['all-gather'] / chip.direct
+    if strategy == 'direct':
+      read = chosen * (layer.devices - 1) / layer.devices
+      read *= layer.width * layer.itemsize / chip.bandwidth
+      sums = max(0, moved['reduce-scatter'] / chip.direct - read)
+      talk = moved['all-gather'] / chip.direct + sums
+      talk += chunks * (3 if backward else 2) * chip.latency
     else:
       talk = sum(
         chunks * communication_seconds(kind, size / chunks, layer.devices, chip)
@@ -275,9 +287,9 @@ def seconds(
       spare = chunks * rows(strategy, layer, chunks) - chosen
       spare *= layer.itemsize * (layer.width + 3 * layer.hidden)
       work += spare * (2 if backward else 1) / chip.bandwidth
-    beside = strategy != 'direct'  # its kernels take turns with the products
-    hidden = beside * min(work, talk) * (chunks - 1) / chunks
-    total += work + talk - hidden
+    total += work + talk
+    if strategy != 'direct':  # whose kernels take turns with the products
+      total -= min(work, talk) * (chunks - 1) / chunks
     talked += talk
   return total, talked
 

@@ -11,7 +11,8 @@ Strategies, all of them dropless:
   ragged    the same, but only what the buffers hold (`ragged_all_to_all`):
             TPUs and GPUs.
   direct    `gather` by kernels of ours, which write rows straight into the
-            other devices' memory: Hopper GPUs of one process.
+            other devices' memory: Hopper GPUs of one process, in a mesh of all
+            of them. `auto` knows it of two, where it has run.
 
 `auto` asks the cost model (`cost.py`, which also has each one's bytes). With M
 tokens a device, width D and n devices on the axis, the bytes that a device
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from m2.parallel import cost, exchange, sharding
 from pallas_kernels import dispatch
-from pallas_kernels.experts import api as kernels
+from pallas_kernels.experts import api as expert_kernels
 
 
 def expert_parallel(
@@ -143,7 +144,11 @@ def _local(
   else:
     layer = cost.Layer.of(x_MD, index_MX, wi_0_EDF, sizes['expert'])
     refusal = _direct_refusal(x_MD.dtype, layer, impl)
-    strategy, chunks = _choose(strategy, chunks, layer, refusal)
+    every = cost.STRATEGIES
+    if not refusal and jax.sharding.get_abstract_mesh().size == 2:
+      every = cost.WITH_DIRECT
+    strategies = every if strategy == 'auto' else (strategy,)
+    strategy, chunks = _choose(strategies, chunks, layer, refusal)
     run = functools.partial(STRATEGIES[strategy], chunks, impl=impl)
     y_MD = run(*tokens, *weights)
   return jax.lax.psum(y_MD, 'tensor')
@@ -156,36 +161,43 @@ def _direct_refusal(dtype, layer: cost.Layer, impl) -> str | None:
     return f'needs Hopper GPUs, not {kind}'
   if impl not in (None, 'mosaic_gpu'):
     return f'is of mosaic_gpu, not of {impl}'
-  return kernels.split_refusal(dtype, (layer.width, layer.hidden), layer.top_k)
+  size = jax.sharding.get_abstract_mesh().size
+  if size != jax.device_count():
+    return f'needs a mesh of all {jax.device_count()} GPUs, not of {size}'
+  return expert_kernels.split_refusal(
+    dtype, (layer.width, layer.hidden), layer.top_k
+  )
 
 
 def _choose(
-  strategy: str, chunks: int, layer: cost.Layer, refusal: str | None
+  strategies: Sequence[str],
+  chunks: int,
+  layer: cost.Layer,
+  refusal: str | None,
 ) -> tuple[str, int]:
   """What is asked for, checked, and what is left open by the cost model.
 
   Args:
-    strategy: as `expert_parallel` takes it.
-    chunks: the same.
+    strategies: to choose from; one that is named is alone.
+    chunks: as `expert_parallel` takes them.
     layer: the layer.
     refusal: why `direct` cannot run it, or None.
   """
   platform, kind = _device()
-  if strategy == 'ragged' and platform == 'cpu':
+  if strategies == ('ragged',) and platform == 'cpu':
     raise NotImplementedError(
       "strategy='ragged' needs ragged_all_to_all, which XLA does not have on "
       "CPUs; use 'exchange', which sends the same rows, or 'auto'"
     )
-  if strategy == 'direct' and refusal:
+  if strategies == ('direct',) and refusal:
     raise NotImplementedError(
       f"strategy='direct' {refusal}; use 'gather', which sends the same rows "
       "by XLA's collectives, or 'auto'"
     )
-  every = cost.STRATEGIES if refusal else (*cost.STRATEGIES, 'direct')
   choice = cost.choose(
     layer,
     kind,
-    strategies=every if strategy == 'auto' else (strategy,),
+    strategies=strategies,
     chunks=cost.slices(layer.tokens, chunks),
   )
   _announce(layer, kind, choice)

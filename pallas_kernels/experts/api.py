@@ -55,17 +55,20 @@ def experts(
       the experts are split: each holds E of them and M tokens, whose indices
       count all devices' experts. On GPUs of one process kernels write rows
       into the other GPUs' memory; elsewhere XLA gathers and scatters them.
-      `rows` are then the choices, of all tokens, of this device's experts.
+      `rows` are then the choices, of all tokens, of this device's experts;
+      not together with `transposed`.
     impl: backend of the products; None picks the best for this platform. Rows
       that its kernels cannot move, XLA moves.
 
   Raises:
-    ValueError: shapes or dtypes that do not match.
+    ValueError: shapes or dtypes that do not match; `transposed` with `axis`.
     NotImplementedError: a backend forced by name that cannot do this.
   """
   matrices = wi_0_EDF, wi_1_EDF, wo_EFD
   widths = wi_0_EDF.shape[:0:-1] if transposed else wi_0_EDF.shape[1:]
   _check(x_MD, index_MX, weight_MX, *matrices, widths, transposed)
+  if transposed and axis is not None:
+    raise ValueError(f'{axis=}: experts that are split take no transposed ones')
   if not index_MX.size:
     return jnp.zeros_like(x_MD)
   choices = index_MX.shape[1]

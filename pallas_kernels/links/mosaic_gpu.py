@@ -3,9 +3,9 @@
 Kernels write straight into the other GPUs' memory, whose addresses XLA hands
 over where one process has all devices; it also lets no kernel begin before all
 of them may. A token's row is one bulk copy through shared memory, as in
-`permute/mosaic_gpu.py`. Block b of a GPU writes what block b of another waits
-for: no block waits for one that is not running yet, in whatever order the
-multiprocessors take them.
+`permute/mosaic_gpu.py`. Block b of a GPU waits for what block b of the others
+writes; where not all blocks are resident, that ends because a GPU starts them
+in the order of their numbers.
 
 `combine` hides the links: what it sums for other GPUs' tokens leaves while the
 next rows are read. See NOTES.md for rates.
@@ -51,7 +51,8 @@ def _apart(ordinals: tuple[int, ...]) -> tuple[int, int] | None:
   driver, able = ctypes.CDLL('libcuda.so.1'), ctypes.c_int()
   handle = {number: ctypes.c_int() for number in ordinals}
   for number, found in handle.items():
-    driver.cuDeviceGet(ctypes.byref(found), number)
+    if error := driver.cuDeviceGet(ctypes.byref(found), number):
+      raise RuntimeError(f'cuDeviceGet({number}) failed: CUDA error {error}')
   for pair in itertools.permutations(ordinals, 2):
     devices = (handle[number] for number in pair)
     failed = driver.cuDeviceCanAccessPeer(ctypes.byref(able), *devices)
@@ -216,7 +217,6 @@ def _combine_body(
       for step in range(devices - 1)
     ],
   )
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 LINKS = layout.Links(gather, combine)

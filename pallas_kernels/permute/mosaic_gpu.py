@@ -346,7 +346,6 @@ def _combine_body(
     number=lambda index: block + index * blocks,
     target=lambda index: out_ref.at[block + index * blocks],
   )  # fmt: skip
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def combine_tokens(
@@ -362,7 +361,7 @@ def combine_tokens(
   target: Callable,
   added: Sequence[Callable] = (),
 ) -> None:
-  """A block's part of `combine`; its last copies to memory may be under way.
+  """A block's part of `combine`; returns when `staging` is free again.
 
   Args:
     weight_ref: float32 weights, or None for 1.
@@ -409,6 +408,7 @@ def combine_tokens(
     )
 
   lax.fori_loop(0, count, token, None)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def weight_gradient(

@@ -184,7 +184,8 @@ def row(shape, direction, names, seconds, useful, errors) -> dict[str, Any]:
     shape.tokens, shape.top_k, shape.width, shape.hidden,
     shape.experts // expert_programs.DEVICES, expert_programs.DEVICES, 2,
   )  # fmt: skip
-  choice = cost.choose(layer, jax.devices()[0].device_kind)
+  kind = jax.devices()[0].device_kind
+  choice = cost.choose(layer, kind, strategies=tuple(strategies))
   hidden = {
     name: (median['products'] + alone[name.partition(':')[0]] - median[name])
     / alone[name.partition(':')[0]]

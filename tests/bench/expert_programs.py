@@ -143,23 +143,26 @@ def without_products(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def there_and_back(axis, x_MD, index_MX, weight_MX):
   """The rows of `direct` to all devices and, as sums of one row, back."""
-  x_PD, index_PX, weight_PX = links.LINKS.gather(
-    axis, x_MD, index_MX, weight_MX
-  )
+  x_PD, _, weight_PX = links.LINKS.gather(axis, x_MD, index_MX, weight_MX)
+  return _back(axis, x_PD, weight_PX)
+
+
+def _back(axis, x_PD, weight_PX):
   place_P1 = sharding.varying(jnp.arange(len(x_PD), dtype=jnp.int32)[:, None])
-  plan = pallas_kernels.Plan(index_PX, index_PX, place_P1, index_PX)
+  none = jnp.zeros(0, jnp.int32)  # what `combine` does not read
+  plan = pallas_kernels.Plan(none, none, place_P1, none)
   weight_P1 = weight_PX.sum(1, keepdims=True)
   return links.LINKS.combine(axis, x_PD, plan, weight_P1)
 
 
 def _there_and_back_forward(axis, x_MD, index_MX, weight_MX):
-  known = index_MX, weight_MX
-  return there_and_back(axis, x_MD, *known), known
+  x_PD, _, weight_PX = links.LINKS.gather(axis, x_MD, index_MX, weight_MX)
+  return _back(axis, x_PD, weight_PX), weight_PX
 
 
-def _there_and_back_backward(axis, known, dy_MD):
-  dx_MD = there_and_back(axis, dy_MD, *known)
-  weight_PX = jax.lax.all_gather(known[1], axis, tiled=True)
+def _there_and_back_backward(axis, weight_PX, dy_MD):
+  (dy_PD,) = links.LINKS.gather(axis, dy_MD)
+  dx_MD = _back(axis, dy_PD, weight_PX)
   dweight_MX = jax.lax.psum_scatter(weight_PX, axis, tiled=True)
   return dx_MD, None, dweight_MX
 

@@ -63,6 +63,14 @@ class ExpertsTest(parameterized.TestCase):
     y = layer(*args[:3], *turned, transposed=True)
     np.testing.assert_array_equal(np.float32(y), np.float32(got[0]))
 
+  def test_split_experts_are_not_transposed(self):
+    x, index, weight, *matrices = operands(24, 40, 'float32')
+    turned = [w.swapaxes(1, 2) for w in matrices]
+    with self.assertRaisesRegex(ValueError, "axis='expert'"):
+      pallas_kernels.experts(
+        x, index, weight, *turned, transposed=True, axis='expert'
+      )
+
   def test_without_a_choice_here_nothing_comes_out(self):
     x, index, *rest = operands(128, 128, 'float32')
     y = pallas_kernels.experts(x, jnp.full_like(index, EXPERTS), *rest)

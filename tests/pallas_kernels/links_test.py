@@ -102,13 +102,21 @@ class SplitTest(parameterized.TestCase):
 
 
 class KernelsTest(parameterized.TestCase):
-  @parameterized.parameters('gather', 'combine')
-  def test_lowers_to_a_kernel_that_reaches_other_devices(self, name):
-    dtype, width = jnp.bfloat16, 768
+  @parameterized.product(
+    name=('gather', 'combine'), sizes=((1, 2, 1), (2, 2, 2), (1, 4, 1))
+  )
+  def test_lowers_to_a_kernel_that_reaches_other_devices(self, name, sizes):
+    where = jax.make_mesh(
+      sizes,
+      ('data', 'expert', 'tensor'),
+      (jax.sharding.AxisType.Auto,) * 3,
+      devices=jax.devices()[: np.prod(sizes)],
+    )
+    dtype, width, devices = jnp.bfloat16, 768, sizes[1]
+    arguments = rows_and_plan(TOKENS, devices, width, dtype)
     if name == 'gather':
-      arguments = (jnp.zeros((2 * TOKENS, width), dtype), jnp.zeros((38, 3)))
-    else:
-      arguments = rows_and_plan(TOKENS, 2, width, dtype)
+      tokens = devices * TOKENS
+      arguments = jnp.zeros((tokens, width), dtype), jnp.zeros((tokens, 3))
     run = functools.partial(getattr(mosaic_gpu, name), 'expert')
     with (
       hopper_cases.hopper_here(),
@@ -116,14 +124,17 @@ class KernelsTest(parameterized.TestCase):
         mosaic, 'is_single_process_multi_device_topology', lambda: True
       ),
     ):
-      exported = hopper_cases.export(spread(run, mesh(2)), *arguments)
+      exported = hopper_cases.export(spread(run, where), *arguments)
     module = exported.mlir_module()
     self.assertEqual(hopper_cases.kernels(exported), 1)
     self.assertIn('uses_xla_collective_metadata = true', module)
-    self.assertIn('xla_replica_ids = "0,1"', module)
+    everyone = ','.join(map(str, range(np.prod(sizes))))
+    self.assertIn(f'xla_replica_ids = "{everyone}"', module)
 
   @parameterized.product(
-    tokens=(1, TOKENS, 4096), dtype=('bfloat16', 'float32')
+    # Of the last, most blocks have an odd number, and more than one.
+    tokens=(1, TOKENS, 31 * 264),
+    dtype=('bfloat16', 'float32'),
   )
   def test_gather_and_combine_are_xlas(self, tokens, dtype):
     if not GPU or jax.device_count() < 2:

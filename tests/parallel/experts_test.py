@@ -19,6 +19,7 @@ class ExpertsTest(parameterized.TestCase):
     ((1, 1, 8, 1, 1), 'exchange', 2, True),  # more devices than choices
     ((2, 1, 2, 2, 1), 'exchange', 1, True),
     ((1, 2, 4, 1, 1), 'ragged', 2, True),
+    ((1, 2, 2, 2, 1), 'direct', 2, False),
   )
   def test_equals_one_device(self, sizes, strategy, chunks, tight):
     error = routings.largest_error(sizes, strategy, chunks, tight=tight)
@@ -47,18 +48,23 @@ class ChoiceTest(parameterized.TestCase):
       asked.append(strategies)
       return cost.Choice('gather', 1, 'said so')
 
+    two = 1, 1, 2, 1, 1
+    kernels = experts.expert_kernels
     with (
       mock.patch.object(cost, 'choose', choose),
       mock.patch.object(experts, '_device', lambda: ('gpu', 'H100')),
     ):
-      self.traced()
-      with mock.patch.object(experts.kernels, 'split_refusal', lambda *_: None):
-        self.traced()
-        self.traced(impl='xla')
+      self.traced(two)
+      with mock.patch.object(kernels, 'split_refusal', lambda *_: None):
+        with self.assertRaisesRegex(NotImplementedError, 'all 8 GPUs, not of'):
+          self.traced(two, strategy='direct')
+        with mock.patch.object(jax, 'device_count', lambda: 2):
+          self.traced(two)
+          self.traced(two, impl='xla')
       with self.assertRaisesRegex(NotImplementedError, 'not of xla'):
-        self.traced(strategy='direct', impl='xla')
+        self.traced(two, strategy='direct', impl='xla')
     everywhere = cost.STRATEGIES
-    self.assertEqual(asked, [everywhere, (*everywhere, 'direct'), everywhere])
+    self.assertEqual(asked, [everywhere, cost.WITH_DIRECT, everywhere])
 
   def test_unknown_strategy_and_chunks_are_named(self):
     with self.assertRaisesRegex(ValueError, 'raged.*auto, gather'):
