@@ -109,9 +109,12 @@ def read_tools(
     properties = schema.get('properties') or {}
     if not isinstance(properties, Mapping):
       raise ValueError(f'tool {declared["name"]}: properties is no mapping')
+    required = schema.get('required') or ()
+    if not isinstance(required, list | tuple):
+      raise ValueError(f'tool {declared["name"]}: required is no list')
     index[declared['name']] = Tool(
       {name: _kinds(kind, schema) for name, kind in properties.items()},
-      tuple(schema.get('required') or ()),
+      tuple(required),
       schema.get('additionalProperties') is False,
     )
   return index

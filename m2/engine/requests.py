@@ -10,6 +10,7 @@ import numpy as np
 from m2 import types
 
 STOP_IDS = 8  # stop ids a request may have
+LEAST = 1e-6  # of a top_p, and of a temperature that is not 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,12 @@ def check(request: GenRequest, vocab: int) -> np.ndarray:
   wanted = request.sampling
   for name, good in (
     ('max_new', wanted.max_new >= 1),
-    ('temperature', 0 <= wanted.temperature < float('inf')),
-    ('top_p', 0 < wanted.top_p <= 1),
+    # Less than LEAST may be 0 in float32, or make logits infinite.
+    (
+      'temperature',
+      wanted.temperature == 0 or LEAST <= wanted.temperature < float('inf'),
+    ),
+    ('top_p', LEAST <= wanted.top_p <= 1),
     ('top_k', 0 <= wanted.top_k < 2**31),
     ('seed', 0 <= wanted.seed < 2**64),
     ('stop_ids', len(wanted.stop_ids) <= STOP_IDS),

@@ -207,6 +207,9 @@ def paired(
   not independent (arXiv 2411.00640, section 3).
 
   Where no pair was judged on both sides nothing is known: mean 0 in (-1, 1).
+  One cluster says nothing of the others: (-1, 1), too. Clusters that all agree
+  have no spread to resample: as many more may be otherwise as could have been
+  missed at this confidence (the rule of three), as far as they can.
   """
   left = {(r.task, r.trial): r for r in before.rows if r.judged}
   right = {(r.task, r.trial): r for r in after.rows if r.judged}
@@ -227,11 +230,16 @@ def paired(
     len(names), np.full(len(names), 1 / len(names)), size=DRAWS
   )
   means_B = drawn_BC @ total_C / (drawn_BC @ size_C)
-  tail = (1 - confidence) / 2
+  tail, mean = (1 - confidence) / 2, float(total_C.sum() / size_C.sum())
   low, high = np.quantile(means_B, [tail, 1 - tail])
+  if len(names) == 1:
+    low, high = -1.0, 1.0
+  elif not np.ptp(total_C / size_C):
+    missed = min(1.0, -math.log(tail) / len(names))
+    low, high = mean - missed * (1 + mean), mean + missed * (1 - mean)
   return Paired(
     n=len(keys),
-    mean=float(total_C.sum() / size_C.sum()),
+    mean=mean,
     interval=(float(low), float(high)),
     by_cluster=dict(sums),
   )

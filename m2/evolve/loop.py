@@ -305,10 +305,10 @@ def check_curriculum(config: m2_config.RunConfig) -> None:
     ValueError: no list of skills, data that is not the tasks, or evaluations
       too small to ask for every skill.
   """
-  if len(config.tasks.skills) < 2:
+  if len(sealed.skills(config)) < 2:
     raise ValueError(
-      'tasks.skills names fewer than two skills; list all of the curriculum '
-      'with their weights, since a round moves weight between them'
+      'tasks.skills has fewer than two with a weight; list all of the '
+      'curriculum with their weights, since a round moves weight between them'
     )
   if config.data.source != 'tasks':
     raise ValueError(

@@ -72,7 +72,7 @@ class Rule:
 # Path pattern -> bounds; '*' stands for one existing key of that section.
 # Weights have no unit: `_check_mixture` bounds their shares.
 RULES: dict[str, Rule] = {
-  'tasks.skills.*': Rule(float, 0.0, math.inf),
+  'tasks.skills.*': Rule(float, 0.0, 1e100),
   'tasks.difficulty_min': Rule(int, 0, 4, step=1),
   'tasks.difficulty_max': Rule(int, 0, 4, step=1),
 }
@@ -206,7 +206,7 @@ def _check_mixture(
     )
   old, new = shares(base), shares(edited)
   for skill, share in old.items():
-    if not share and new[skill]:
+    if not base.tasks.skills[skill] and edited.tasks.skills[skill]:
       raise EditError(
         f'tasks.skills.{skill} has weight 0: it is held out of training'
       )

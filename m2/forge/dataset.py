@@ -180,7 +180,10 @@ def describe(groups: list[list[types.Episode]]) -> dict[str, float]:
     'rollout/context_frac': float(
       np.mean([c.stop == types.StopReason.CONTEXT for c in completions])
     ),
-    'env/infra_failed_frac': 1 - len(scored) / len(everyone),
+    'env/unscored_frac': 1 - len(scored) / len(everyone),
+    'env/infra_failed_frac': float(
+      np.mean([e.reward.outcome == types.Outcome.INFRA for e in everyone])
+    ),
     'version/oldest': min(versions),
     'version/mean': float(np.mean(versions)),
   }

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from m2 import types
-from m2.data import template
+from m2.data import markup, template
 from m2.data import tokenizer as tokenizers
 from m2.engine import engine as engines
 
@@ -130,8 +130,9 @@ class Gateway:
       ended. With `StopReason.CONTEXT` the message is empty.
 
     Raises:
-      ValueError: messages or sampling values that make no sense.
+      ValueError: messages, tools or sampling values that make no sense.
     """
+    markup.read_tools(tools)  # what is sampled can be parsed
     conversation = self._conversation(episode)
     prompt_ids = self._prompt(conversation.answers, messages, tools)
     stop_ids = dict.fromkeys((*sampling.stop_ids, self._tokenizer.eos_id))

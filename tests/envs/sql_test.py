@@ -1,6 +1,7 @@
 """SQL tasks: the controls, the guards, the splits."""
 
 import asyncio
+import dataclasses
 import random
 import time
 
@@ -60,6 +61,38 @@ class ControlTest(absltest.TestCase):
     join = ','.join(f'{name} AS t{i}' for i in range(12))
     verdict = sql.verify(task, [f'SELECT count(*) FROM {join}'])
     self.assertEqual(verdict.outcome, types.Outcome.TIMEOUT)
+
+  def test_a_name_of_the_agents_is_no_timeout(self):
+    task = next(some(1))
+    script = 'CREATE TABLE interrupted(x UNIQUE);INSERT INTO interrupted '
+    verdict = sql.verify(task, [script + 'VALUES(1),(1)'])
+    self.assertEqual(verdict.outcome, types.Outcome.SCORE)
+    self.assertIn('interrupted.x', verdict.evidence)
+
+  def test_a_changed_task_is_another_task(self):
+    task = sql.generate('add_col', 0, 'dev', 'x')
+    self.assertTrue(sql.verify(task, [sql.script_of(task)]).passed)
+    gold = [*task.data['gold'], 'CREATE TABLE spare(id INTEGER)']
+    other = dataclasses.replace(task, data={**task.data, 'gold': gold})
+    self.assertTrue(sql.verify(other, gold).passed)
+    self.assertFalse(sql.verify(other, [sql.script_of(task)]).passed)
+    broken = dataclasses.replace(task, data={**task.data, 'gold': ['DROP x']})
+    verdict = sql.verify(broken, gold)
+    self.assertEqual(verdict.outcome, types.Outcome.INFRA)
+    self.assertIn('syntax error', verdict.evidence)
+
+  def test_what_leaves_rows_out_is_seen(self):
+    accepted = {'unique_dedup': 0, 'backfill_expr': 0}
+    for seed in range(150):
+      task = sql.generate('unique_dedup', 0, 'dev', f'p{seed}')
+      last = task.data['gold'][-1]
+      name = task.data['tables'][0]['name']
+      short = f'DELETE FROM {name} WHERE id=(SELECT max(id) FROM {name})'
+      accepted['unique_dedup'] += sql.verify(task, [short, last]).passed
+      task = sql.generate('backfill_expr', 0, 'dev', f'p{seed}')
+      short = sql.script_of(task) + ' WHERE id<7'
+      accepted['backfill_expr'] += sql.verify(task, [short]).passed
+    self.assertEqual(accepted, {'unique_dedup': 0, 'backfill_expr': 0})
 
   def test_other_right_answers_pass(self):
     def first(skill):
@@ -157,6 +190,50 @@ class GuardTest(parameterized.TestCase):
     if 'DROP' not in script:
       self.assertEqual(db.state(()), before)
     self.assertEqual(db.run('SELECT 1'), [(1,)])
+
+  @parameterized.parameters(
+    # Each level puts eight times as much in the place of x.
+    (
+      'SELECT x+x+x+x+x+x+x+x AS x FROM (' * 8
+      + 'SELECT id AS x FROM note'
+      + ')' * 8,
+    ),
+    (
+      f'SELECT {"+".join(["id"] * 900)} AS x FROM note WHERE '
+      f'{"+".join(["x"] * 900)}>0',
+    ),
+    (
+      f'WITH c AS (SELECT {"+".join(["id"] * 900)} AS x FROM note) '
+      f'SELECT {"+".join(["x"] * 900)} FROM c',
+    ),
+    (
+      'SELECT * FROM note, ( SELECT "x"+"x"+"x"+"x"+"x"+"x" AS x FROM ('
+      'SELECT "x"+"x"+"x"+"x"+"x"+"x" AS x FROM ((SELECT '
+      + '+'.join(['[id]'] * 200)
+      + ' AS x FROM note))))',
+    ),
+  )
+  def test_what_grows_while_it_is_read_is_refused_at_once(self, script):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
+    )
+    start = time.process_time()
+    with self.assertRaisesRegex(sql_database.ScriptError, 'words are too many'):
+      db.run(script)
+    self.assertLess(time.process_time() - start, 0.1 * clock.slow())
+
+  def test_usual_queries_are_not_too_many_words(self):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE t(id INTEGER PRIMARY KEY, a, b)'], {})
+    )
+    db.run(
+      'SELECT t.a, s.total, (SELECT count(*) FROM t AS u WHERE u.b = t.b) '
+      'FROM t JOIN (SELECT a, sum(b) AS total FROM t GROUP BY a) AS s '
+      'ON s.a = t.a WHERE t.id NOT IN (SELECT min(id) FROM t GROUP BY a, b)'
+    )
+    rows = ','.join(f"({n}, 'word {n}', {n})" for n in range(300))
+    db.run(f'INSERT INTO t VALUES {rows}')
+    self.assertEqual(db.run('SELECT count(*) FROM t'), [(300,)])
 
   def test_growth_is_bounded(self):
     db = sql_database.Database(sql_database.build(['CREATE TABLE t(a)'], {}))

@@ -1,8 +1,10 @@
 """Intervals and paired comparisons against known values."""
 
 import asyncio
+import dataclasses
 import pathlib
 
+import numpy as np
 from absl.testing import absltest
 
 from m2 import types
@@ -87,7 +89,15 @@ class IntervalTest(absltest.TestCase):
     # Ten of 40 clusters gain both tasks: sd = sqrt(.25 * .75 / 40) = 0.068.
     self.assertAlmostEqual(found.interval[0], 0.25 - 1.96 * 0.068, delta=0.02)
     same = run.paired(before, before)
-    self.assertEqual((same.mean, same.interval), (0.0, (0.0, 0.0)))
+    self.assertEqual(same.mean, 0.0)
+    # None of 40 changed: up to log(40) / 40 may, either way.
+    np.testing.assert_allclose(same.interval, (-0.0922, 0.0922), atol=1e-4)
+    few = [reports.row(f't{i}', 's', False, signature=f'c{i}') for i in (0, 1)]
+    better = [dataclasses.replace(row, passed=True) for row in few]
+    for count in (1, 2):
+      pair = reports.report(few[:count]), reports.report(better[:count])
+      found = run.paired(*pair)
+      self.assertEqual((found.mean, found.interval), (1.0, (-1.0, 1.0)))
     apart = run.paired(before, reports.report([reports.row('z', 's', True)]))
     self.assertEqual((apart.n, apart.interval), (0, (-1.0, 1.0)))
 

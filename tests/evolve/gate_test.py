@@ -102,7 +102,7 @@ class RuleTest(GateTestCase):
     counts = {WEAK: 2, **dict.fromkeys(OTHERS, 30)}
     found = decide(rates(0.001), rates(0.999), rates(0.001), counts=counts)
     self.assertEqual(found.gain.mean, 1.0)
-    self.assertGreater(found.gain.interval[0], 0.9)
+    self.assertEqual(found.gain.interval, (-1.0, 1.0))
     self.assertEqual(found.verdict, 'revert')
 
   def test_identical_arms_are_reverted_without_dividing_by_zero(self):

@@ -146,6 +146,15 @@ class ApplyTest(parameterized.TestCase):
     self.assertEqual(base.tasks.skills.add_col, 1.0)
     self.assertTrue(edited.is_locked)
 
+  def test_no_weight_is_too_small_to_be_seen_or_too_large_to_add(self):
+    base = config()
+    with base.unlocked():
+      base.tasks.skills.add_col = 0.0
+    with self.assertRaisesRegex(mutate.EditError, 'held out of training'):
+      mutate.apply_edits(base, [edit(WEIGHT, 0.0, 5e-324)])
+    with self.assertRaises(mutate.EditError):
+      mutate.apply_edits(config(), [edit(WEIGHT, 1.0, 1e308)])
+
   def test_difficulties_stay_ordered(self):
     base = config()
     with base.unlocked():

@@ -146,6 +146,7 @@ class DatasetTest(absltest.TestCase):
     self.assertEqual(float(batch.tree.total), 6)
     self.assertEqual(batch.report['reward/mean'], 0.5)
     self.assertAlmostEqual(batch.report['env/infra_failed_frac'], 1 / 3)
+    self.assertAlmostEqual(batch.report['env/unscored_frac'], 1 / 3)
 
   def test_versions(self):
     batch = next(

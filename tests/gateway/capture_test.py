@@ -148,6 +148,19 @@ class CaptureTest(parameterized.TestCase):
       TOKENIZER.decode(pool.completions[1].prompt_ids), whole(messages).text
     )
 
+  @parameterized.parameters(
+    ({'parameters': [1]}, 'parameters is no schema'),
+    ({'parameters': {'properties': [1]}}, 'properties is no mapping'),
+    ({'parameters': {'required': 5}}, 'required is no list'),
+  )
+  def test_tools_that_make_no_sense_are_refused_before_sampling(
+    self, tool, message
+  ):
+    gateway = capture.Gateway(engine := Scripted('x'), TOKENIZER, Pool())
+    with self.assertRaisesRegex(ValueError, message):
+      chat(gateway, [user()], tools=[{'name': 'look', **tool}])
+    self.assertEmpty(engine.requests)
+
   @parameterized.parameters('no tags at all', CALL[:-5], '</think><invoke')
   def test_malformed_answers_are_kept_as_sampled(self, answer):
     gateway = capture.Gateway(Scripted(answer, 'x'), TOKENIZER, pool := Pool())

@@ -12,7 +12,7 @@ import hashlib
 import random
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from m2 import types
@@ -118,8 +118,9 @@ def canonical_form(task: types.Task) -> str:
 
 def image(task: types.Task, place: str) -> bytes:
   """The task's database with the rows of `place`, serialised."""
+  counts = sql_schema.FEW if place == 'visible' else sql_schema.MANY
   seed = f'{task.id}/{place}'
-  rows = sql_schema.rows(task.data['tables'], seed)
+  rows = sql_schema.rows(task.data['tables'], seed, counts)
   return sql_database.build(task.data['schema'], rows)
 
 
@@ -163,11 +164,17 @@ def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
 
   Returns:
     Passed iff every hidden database ends exactly as the gold script leaves it.
-    A script that runs into the instruction limit is a timeout, not a score.
+    A script that runs into the instruction limit is a timeout, not a score; a
+    gold script that does not run is the environment's failure.
   """
   score = types.Outcome.SCORE
   for place in range(HIDDEN):
-    start, want = _judge(_Key(task, place))
+    try:
+      start, want = _judge(_Key(task, place))
+    except (sql_database.ScriptError, sqlite3.Error) as error:
+      return types.Verdict(
+        types.Outcome.INFRA, False, 0.0, 'broken_task', str(error)
+      )
     db = sql_database.Database(start)
     try:
       for script in scripts:
@@ -193,23 +200,19 @@ def _difference(
   want: Mapping[str, Any], got: Mapping[str, Any]
 ) -> tuple[str, str] | None:
   """Failure label and the first thing that differs."""
-  for name in sorted({*want, *got}):
-    if name not in got:
+  for name in sorted({*want['tables'], *got['tables']}):
+    right, found = want['tables'].get(name), got['tables'].get(name)
+    if found is None:
       return 'missing_table', f'table {name} is missing'
-    if name not in want:
+    if right is None:
       return 'extra_table', f'table {name} should not be there'
-    if not isinstance(want[name], dict):
-      if want[name] != got[name]:
-        return 'broken_database', f'{name}: {got[name]}'
-      continue
-    parts = (p for p in want[name] if not _agree(p, want[name], got[name]))
-    part = next(parts, None)
-    if part is None:
-      continue
-    return (
-      f'wrong_{part}',
-      f'{name}.{part}: {got[name][part]} instead of {want[name][part]}'[:300],
-    )
+    for part in right:
+      if not _agree(part, right, found):
+        text = f'{name}.{part}: {found[part]} instead of {right[part]}'
+        return f'wrong_{part}', text[:300]
+  for name in ('other objects', 'integrity'):
+    if want[name] != got[name]:
+      return 'broken_database', f'{name}: {got[name]}'
   return None
 
 
@@ -237,17 +240,17 @@ def _judge(key: '_Key') -> tuple[bytes, Mapping[str, Any]]:
     want = db.state(keyless)
   finally:
     db.close()
-  for name, table in want.items():
-    if isinstance(table, dict) and table != before.get(name):
+  for name, table in want['tables'].items():
+    if table != before['tables'].get(name):
       del table['exact']
       if 'ids' in table:
-        old = before.get(name, {}).get('ids', [])
+        old = before['tables'].get(name, {}).get('ids', [])
         table['ids'] = [row for row in table['ids'] if row in old]
   return start, want
 
 
 class _Key:
-  """A task and a hidden place, compared by the task's id."""
+  """A task and a hidden place, compared by the task's id and data."""
 
   def __init__(self, task: types.Task, place: int):
     self.task, self.place = task, place
@@ -256,7 +259,10 @@ class _Key:
     return hash((self.task.id, self.place))
 
   def __eq__(self, other: object) -> bool:
-    return (self.task.id, self.place) == (other.task.id, other.place)
+    mine, theirs = self.task, other.task
+    return (mine.id, self.place, mine.data) == (
+      theirs.id, other.place, theirs.data
+    )  # fmt: skip
 
 
 def mistaken(task: types.Task, rng: random.Random) -> str | None:
@@ -294,6 +300,10 @@ def controls(task: types.Task) -> dict[str, tuple[list[str], bool]]:
     'select_only': ([f'SELECT * FROM {name}'], False),
     'destructive': ([f'DROP TABLE {name}'], False),
     'half': ([_half(task.data['gold'])], False),
+    **{
+      f'partial_{number}': ([script], False)
+      for number, script in enumerate(_partial(task.data['gold']))
+    },
     'hard_code': (
       [
         gold,
@@ -303,6 +313,10 @@ def controls(task: types.Task) -> dict[str, tuple[list[str], bool]]:
       False,
     ),
     'extra_table': ([gold, 'CREATE TABLE spare(id INTEGER)'], False),
+    'extra_table_of_a_known_name': (
+      [gold, 'CREATE TABLE integrity(id INTEGER)'],
+      False,
+    ),
     'extra_index': ([gold, f'CREATE INDEX spare ON {_after(task)}(id)'], False),
     'temp_shadow': ([f'CREATE TEMP TABLE {name}(id INTEGER)', gold], False),
     'view': ([gold, 'CREATE VIEW spare AS SELECT 1'], False),
@@ -319,6 +333,14 @@ def controls(task: types.Task) -> dict[str, tuple[list[str], bool]]:
     'schema_write': ([gold, 'DELETE FROM sqlite_master'], False),
     'endless': ([gold, loop + 'SELECT count(*) FROM n'], False),
   }
+
+
+def _partial(gold: Sequence[str]) -> Iterator[str]:
+  """Gold scripts of which one change leaves rows out."""
+  for place, statement in enumerate(gold):
+    if statement.startswith('UPDATE ') and ' WHERE ' not in statement:
+      short = f'{statement} WHERE id<7'
+      yield ';'.join((*gold[:place], short, *gold[place + 1 :]))
 
 
 def _after(task: types.Task) -> str:

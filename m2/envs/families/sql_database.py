@@ -3,10 +3,11 @@
 The authoriser and the limits keep a script inside its own small in-memory
 database: no files, no pragmas, no triggers or views, no runaway queries. They
 count while a statement runs; sqlite cannot be stopped while it reads one, and
-names that stand for expressions of other such names grow there without bound.
-So a script may name one query or expression, `... AS (...)`, and tables have no
-generated columns. All these are guards against wrong and hostile scripts, not
-a security boundary against bugs of sqlite itself.
+names that stand for expressions of other such names multiply there. So a script
+may name one query or expression, `... AS (...)`, tables have no generated
+columns, and a statement may not grow past `TERMS` terms. All these are guards
+against wrong and hostile scripts, not a security boundary against bugs of
+sqlite itself.
 """
 
 import re
@@ -22,6 +23,7 @@ SCRIPT = 8000  # characters
 # Bytes of a value: a function of two values may take their product in time.
 VALUE = 4000
 PAGES = 200  # of 4 KiB
+TERMS = 100_000  # of a statement, names replaced by what they stand for
 SHOWN = 5  # rows of a query that the agent sees
 
 ALLOWED = {
@@ -58,6 +60,10 @@ QUOTED = re.compile(
 )
 # A common table expression, a window or a generated column.
 NAMED = re.compile(r'\bAS\s*(?:(?:NOT\s+)?MATERIALIZED\s*)?\(', re.I)
+# A query that names of the one around it may stand for. A comma before one
+# may as well be between two expressions, which then counts too much.
+DERIVED = re.compile(r'(?:\b(?:FROM|JOIN)|,)[\s(]*\(\s*(?:SELECT|WITH)\b', re.I)
+WORD = re.compile(r'\w+')
 OBJECTS = (
   'SELECT type, name, tbl_name, sql FROM sqlite_master '
   "WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"
@@ -113,6 +119,7 @@ class Database:
       if named > 1:
         raise ValueError(f'a script may say AS (...) once, not {named} times')
       for statement in split(script):
+        _refuse_growth(statement)
         self._own = False
         try:
           rows = self._db.execute(statement).fetchmany(SHOWN)
@@ -124,7 +131,8 @@ class Database:
     except (sqlite3.Error, ValueError, OverflowError, MemoryError) as error:
       if self._db.in_transaction:
         self._db.execute('ROLLBACK')
-      timeout = 'interrupted' in str(error)
+      code = getattr(error, 'sqlite_errorcode', None)
+      timeout = code == sqlite3.SQLITE_INTERRUPT
       raise ScriptError(str(error), timeout) from None
     return rows
 
@@ -138,6 +146,7 @@ class Database:
   def state(self, keyless: tuple[str, ...]) -> dict[str, Any]:
     """Everything that matters: schema and rows, free of spelling and order.
 
+    What each table is, by name in `tables`, and what the whole database is.
     Columns are compared by name, not by place; indices by table, columns and
     uniqueness, not by name. Tables in `keyless` leave out their `id` values
     among `rows`, and have them with the rest of each row in `ids`.
@@ -149,21 +158,22 @@ class Database:
     self._db.set_authorizer(None)
     try:
       objects = self._db.execute(OBJECTS).fetchall()
-      state = {
-        name: self._table(name, name in keyless, objects)
-        for kind, name, _, _ in objects
-        if kind == 'table'
+      return {
+        'tables': {
+          name: self._table(name, name in keyless, objects)
+          for kind, name, _, _ in objects
+          if kind == 'table'
+        },
+        'other objects': sorted(
+          kind for kind, *_ in objects if kind not in ('table', 'index')
+        ),
+        'integrity': (
+          self._db.execute('PRAGMA integrity_check').fetchall(),
+          self._db.execute('PRAGMA foreign_key_check').fetchall(),
+        ),
       }
-      state['other objects'] = sorted(
-        kind for kind, *_ in objects if kind not in ('table', 'index')
-      )
-      state['integrity'] = (
-        self._db.execute('PRAGMA integrity_check').fetchall(),
-        self._db.execute('PRAGMA foreign_key_check').fetchall(),
-      )
     finally:
       self._db.set_authorizer(self._authorise)
-    return state
 
   def _table(
     self, name: str, keyless: bool, objects: list[tuple]
@@ -222,6 +232,25 @@ class Database:
       return False
     self._left -= LOOK
     return self._left <= 0 or time.monotonic() > self._deadline
+
+
+def _refuse_growth(statement: str) -> None:
+  """Refuses what could grow past TERMS while sqlite reads it.
+
+  A query's results may be used in its own conditions and in the query around
+  it: so many times are the words of one multiplied by those of another, and
+  they are most where each has as many as the next.
+  """
+  text = QUOTED.sub(' q ', statement)
+  levels = 2 + len(DERIVED.findall(text)) + len(NAMED.findall(text))
+  words = len(WORD.findall(text))
+  if re.search(r'\bSELECT\b', text, re.I) and words > levels * TERMS ** (
+    1 / levels
+  ):
+    raise ValueError(
+      f'{words} words are too many for a statement of {levels - 1} queries '
+      'within each other: take fewer or split it'
+    )
 
 
 def _quote(name: str) -> str:

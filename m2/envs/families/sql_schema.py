@@ -62,6 +62,9 @@ COLUMNS = (
   'price',
   'label',
 )
+FEW = range(4, 9)  # rows that a workspace shows
+# Rows that an artifact is judged on: each kind of row that a wrong one misses.
+MANY = range(12, 25)
 # Each level takes a table and a column more; skills need new names as well.
 HARDEST = min(len(TABLES) - 2, len(COLUMNS) - 5)
 TYPES = ('INT', 'TEXT', 'REAL')
@@ -131,28 +134,33 @@ def draw(rng: random.Random, difficulty: int) -> Schema:
 
 
 def rows(
-  tables: list[dict[str, Any]], seed: str
+  tables: list[dict[str, Any]], seed: str, sizes: range = FEW
 ) -> dict[str, list[tuple[Any, ...]]]:
   """Rows for every table; the last repeats the first but for its key.
 
   So every column holds a duplicate: a unique index without the deletion that
-  must come before it fails on every instantiation.
+  must come before it fails on every instantiation. Where there are more than
+  FEW, one before the last repeats the third, so that removing those of the
+  first alone is not enough.
 
   Args:
     tables: `{'name': ..., 'columns': [[name, type], ...]}`; a column
       `<table>_id` holds keys of that table.
     seed: of the values; the same seed gives the same rows.
+    sizes: how many rows a table may have.
   """
   rng = random.Random(seed)
-  counts = {table['name']: rng.randrange(4, 9) for table in tables}
+  counts = {table['name']: rng.choice(sizes) for table in tables}
   filled = {}
   for table in tables:
     filled[table['name']] = [
       (key, *(_value(rng, *column, counts) for column in table['columns']))
       for key in range(1, counts[table['name']])
     ]
-    first = filled[table['name']][0]
-    filled[table['name']].append((counts[table['name']], *first[1:]))
+    first, _, third, *_ = found = filled[table['name']]
+    if len(found) >= FEW.stop:
+      found[-2] = (found[-2][0], *third[1:])
+    found.append((counts[table['name']], *first[1:]))
   return filled
 
 
