@@ -72,7 +72,8 @@ def main(_) -> None:
     ours = type(error).__module__.startswith('m2.')
     refused = isinstance(error, ValueError | NotImplementedError)
     with contextlib.suppress(OSError):  # the disk may be what failed
-      details.write_text(traceback.format_exc())
+      text = traceback.format_exc()
+      details.write_text(text, encoding='utf-8', errors='backslashreplace')
       # A refusal leaves no mark, unless the run was under way already.
       if rank == 0 and refused and before and sizes(workdir) == recorded:
         keep(kept, before)

@@ -132,6 +132,27 @@ class MainTest(parameterized.TestCase):
     kept = json.loads((workdir / 'config.json').read_text())
     self.assertEqual(kept['steps'], 12)
 
+  def test_messages_that_are_no_text_are_still_one_line(self):
+    workdir = self.folder / 'surrogate'
+    code = """
+import main
+def run(config, workdir):
+  raise ValueError('x' + chr(0xd800) + 'y is broken')
+main.run = run
+main.app.run(main.main, flags_parser=main.parse)
+"""
+    words = '--config=configs/m2.py:tiny', f'--workdir={workdir}'
+    run = subprocess.run(
+      [sys.executable, '-c', code, *words],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(run.returncode, 2, run.stderr)
+    self.assertIn('y is broken', run.stderr)
+    self.assertLen(run.stderr.splitlines(), 1)
+    self.assertIn('ud800', (workdir / 'error.txt').read_text())
+
   @parameterized.parameters((True, 7), (False, 1))
   def test_one_that_ends_under_way_keeps_its_own(self, recorded, seed):
     workdir = self.folder / f'under-way-{recorded}'

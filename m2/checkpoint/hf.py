@@ -44,6 +44,7 @@ _MEANING = (
 _SCALE = hf_tree.SCALE
 _FLOATS = ('F32', 'BF16', 'F16')
 _HELD = ('float32', 'bfloat16')
+_LISTED = 1_000_000  # matrices that may be missing and are still listed
 # Rotation tables that some writers store; they follow from config.json.
 _IGNORED = ('rotary_emb.inv_freq',)
 
@@ -94,7 +95,7 @@ def load(
   folder = storage.folder(path)
   _check_config(path, cfg)
   tensors = shards.read(path)
-  slots = hf_names.slots(cfg)
+  slots = _slots(path, cfg, tensors)
   scales = _scales(folder, slots, tensors, in_flight)
   if errors := _misfits(cfg, slots, tensors, scales):
     raise ValueError(
@@ -119,6 +120,17 @@ def load(
   return hf_tree.nested(cfg, arrays)
 
 
+def _slots(path, cfg, tensors) -> dict[str, hf_names.Slot]:
+  """The model's tensors by name, unless they are far too many to be these."""
+  matrices = 3 * cfg.layers * cfg.experts
+  if matrices > max(_LISTED, 4 * len(tensors)):
+    raise ValueError(
+      f'{path}: {len(tensors)} tensors, where {cfg.layers} layers of '
+      f'{cfg.experts} experts have {matrices} matrices'
+    )
+  return hf_names.slots(cfg)
+
+
 def holds_codes(path: str | os.PathLike) -> bool:
   """Whether a checkpoint's experts are FP8, so that they can be kept as such.
 
@@ -130,7 +142,7 @@ def holds_codes(path: str | os.PathLike) -> bool:
   tensors = shards.read(path)
   return all(
     name in tensors and tensors[name].dtype == 'F8_E4M3'
-    for name, slot in hf_names.slots(config(path)).items()
+    for name, slot in _slots(path, config(path), tensors).items()
     if '{expert}' in slot.entry.pattern
   )
 

@@ -120,7 +120,7 @@ def read(path: str | os.PathLike) -> config.ModelConfig:
   text = folder.read('config.json').tobytes()
   try:
     tree = json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{file}: not JSON: {error}') from error
   if not isinstance(tree, dict):
     raise ValueError(f'{file}: not a JSON object')
@@ -161,10 +161,12 @@ def _shape(tree: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
       errors.append(f'{key}: missing')
       continue
     value = tree.get(key, *default)
-    if kinds[field] is float and type(value) is int:
+    if kinds[field] is float and type(value) is int and abs(value) < 1e300:
       value = float(value)
     if type(value) is not kinds[field]:
       errors.append(f'{key}={value!r} is not {kinds[field].__name__}')
+    elif kinds[field] is float and not math.isfinite(value):
+      errors.append(f'{key}={value!r} is not finite')
     fields[field] = value
   return fields
 
@@ -214,7 +216,7 @@ def _rotary(tree, head_dim: int, errors: list[str]) -> dict[str, Any]:
     value = form.get(key)
     if value is None:
       continue
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) < 1e300:
       errors.append(f'{key}={value!r} is not a number')
       return {}
     values.append(value)

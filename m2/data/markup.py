@@ -129,8 +129,9 @@ def _kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     one = left.pop()
     if not isinstance(one, Mapping):
       continue
-    if (kinds := one.get('type')) is not None:
-      kinds = [kinds] if isinstance(kinds, str) else kinds
+    kinds = one.get('type')
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if isinstance(kinds, list | tuple):
       known = (*_KINDS, 'string', 'null')
       found.update(kind if kind in known else 'unknown' for kind in kinds)
       continue
@@ -145,7 +146,8 @@ def _kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     found |= {_kind_of(one['const'])} if 'const' in one else set()
     found |= {kind for word, kind in _IMPLIED.items() if word in one}
     for word in ('anyOf', 'oneOf', 'allOf'):
-      left += one.get(word) or ()
+      options = one.get(word)
+      left += options if isinstance(options, list | tuple) else ()
   return frozenset(found) or frozenset(['string'])
 
 
@@ -231,10 +233,18 @@ def _decode_as(text: str, kind: str) -> Any:
     return int(number) if number.is_integer() else number
   if kind in ('integer', 'number'):
     raise ValueError(text)
-  value = json.loads(text, parse_constant=_refuse)
+  value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+  json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
   if kind in _JSON_TYPES and not isinstance(value, _JSON_TYPES[kind]):
     raise ValueError(text)
   return value
+
+
+def _finite(text: str) -> float:
+  number = float(text)
+  if not math.isfinite(number):
+    raise ValueError(text)
+  return number
 
 
 def _refuse(constant: str) -> None:

@@ -158,7 +158,7 @@ class ConfigTest(parameterized.TestCase):
     for name in ('hidden_act', 'vocab_size: missing', 'tie_word_embeddings'):
       self.assertIn(name, str(caught.exception))
 
-  @parameterized.parameters('{', '[]', '"text"')
+  @parameterized.parameters('{', '[]', '"text"', '[' * 100_000)
   def test_not_an_object(self, text):
     path = pathlib.Path(self.create_tempdir().full_path)
     (path / 'config.json').write_text(text)

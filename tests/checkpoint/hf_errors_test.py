@@ -53,6 +53,12 @@ class LoadErrorsTest(hf_test.FilesTest):
     message = self.check(path, '124 tensors', 'and 84 more')
     self.assertLess(len(message), 5000)
 
+  def test_wild_sizes_are_refused_at_once(self):
+    path = self.copy()
+    wild = dataclasses.replace(hf.config(path), layers=10**9)
+    (path / 'config.json').unlink()
+    self.check(path, '1000000000 layers of .* matrices', cfg=wild)
+
   @parameterized.parameters('missing', 'shape', 'type', 'nan')
   def test_scales(self, case):
     name = 'model.layers.0.self_attn.q_proj.weight_scale_inv'

@@ -52,6 +52,8 @@ class DecodeTest(parameterized.TestCase):
     ('{"a": 1}', 'array'),
     ('[1', 'array'),
     ('[NaN]', 'array'),
+    ('[1e999]', 'array'),
+    ('["\\ud800"]', 'array'),
     ('[' * 100_000, 'array'),
     ('[1]', 'object'),
   )
@@ -90,6 +92,25 @@ class ToolsTest(parameterized.TestCase):
     )
     self.assertEqual(tools['f'].required, ('a',))
     self.assertTrue(tools['f'].closed)
+
+  def test_what_a_schema_cannot_mean_says_nothing(self):
+    (tool,) = markup.read_tools(
+      [
+        {
+          'name': 'f',
+          'parameters': {
+            'properties': {
+              'a': {'type': 5},
+              'b': {'anyOf': True, 'type': None},
+              'c': {'oneOf': 7, 'enum': [3]},
+            }
+          },
+        }
+      ]
+    ).values()
+    self.assertEqual(
+      tool.kinds, {'a': {'string'}, 'b': {'string'}, 'c': {'integer'}}
+    )
 
   def test_follows_references_and_reads_listed_values(self):
     twice = {'0': {'type': 'boolean'}}

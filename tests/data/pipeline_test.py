@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from absl.testing import absltest, parameterized
 from m2 import config
 from m2.data import documents, pipeline, sources, tokenizer
 from m2.parallel import mesh as meshes
+from tests import clock
 
 CFG = config.DataConfig(batch=4, length=64)
 RESUMED = 20  # batches compared after a resume
@@ -127,13 +130,26 @@ class PipelineTest(parameterized.TestCase):
       batches.append(next(iterator))
     return self.numbers(batches[:-1])  # the last begins the next window
 
-  def test_epochs_show_every_row_as_often_in_a_seeded_order(self):
-    numbers = self.windows(3)
-    counts = np.bincount(numbers, minlength=300)
-    self.assertGreater(counts.min(), 5)
-    self.assertLessEqual(counts.max() - counts.min(), 1)
-    self.assertEqual(self.windows(3), numbers)
-    self.assertNotEqual(self.windows(3, seed=1), numbers)
+  @parameterized.parameters(0, 4096)
+  def test_epochs_show_every_row_as_often_in_a_seeded_order(self, small):
+    with mock.patch.object(pipeline, '_SMALL', small):
+      numbers = self.windows(3)
+      counts = np.bincount(numbers, minlength=300)
+      self.assertGreater(counts.min(), 5)
+      self.assertLessEqual(counts.max() - counts.min(), 1)
+      self.assertEqual(self.windows(3), numbers)
+      self.assertNotEqual(self.windows(3, seed=1), numbers)
+
+  def test_epochs_of_a_table_differ(self):
+    orders = [tuple(pipeline.order('0/0', epoch, 50)) for epoch in range(20)]
+    self.assertLen(set(orders), 20)
+    for order in orders:
+      self.assertEqual(sorted(order), list(range(50)))
+
+  def test_a_few_short_rows_are_there_at_once(self):
+    start = time.process_time()
+    next(self.make(source=self.rows[:3]))
+    self.assertLess(time.process_time() - start, 5 * clock.slow())
 
   @parameterized.parameters(0, 1, 5, 41)
   def test_a_killed_run_goes_on_to_the_bit(self, batches):
