@@ -28,6 +28,7 @@ from m2.data import markup, parser
 
 parse = parser.parse
 StreamParser = parser.StreamParser
+read_tools = markup.read_tools
 
 DEFAULT_SYSTEM = 'You are a helpful assistant.'
 _ROLES = ('system', 'user', 'assistant', 'tool')

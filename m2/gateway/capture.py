@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from m2 import types
-from m2.data import markup, template
+from m2.data import template
 from m2.data import tokenizer as tokenizers
 from m2.engine import engine as engines
 
@@ -132,7 +132,7 @@ class Gateway:
     Raises:
       ValueError: messages, tools or sampling values that make no sense.
     """
-    markup.read_tools(tools)  # what is sampled can be parsed
+    template.read_tools(tools)  # what is sampled can be parsed
     conversation = self._conversation(episode)
     prompt_ids = self._prompt(conversation.answers, messages, tools)
     stop_ids = dict.fromkeys((*sampling.stop_ids, self._tokenizer.eos_id))

@@ -1,0 +1,140 @@
+"""The databases of SQL workspaces: what scripts may do in them, and at once."""
+
+import asyncio
+import time
+
+from absl.testing import absltest, parameterized
+
+from m2.envs.families import sql, sql_database
+from tests import clock
+
+
+class GuardTest(parameterized.TestCase):
+  @parameterized.parameters(
+    "ATTACH '/tmp/x' AS x",
+    "VACUUM INTO '/tmp/x'",
+    'PRAGMA user_version=3',
+    "SELECT load_extension('x')",
+    "SELECT writefile('/tmp/x', 'y')",
+    'CREATE TEMP TABLE t(a)',
+    'CREATE VIRTUAL TABLE t USING fts5(a)',
+    "UPDATE sqlite_master SET sql=''",
+    'SELECT zeroblob(1000000000)',
+    'ROLLBACK',
+    'SAVEPOINT a',
+    '/**/COMMIT; DROP TABLE note',
+    'INSERT INTO note VALUES(1); INSERT INTO note VALUES(1)',
+    'SELECT \x00',
+    'SELECT ' + '(' * 5000,
+    ';' * 200_000,
+    'SELECT random()',
+    "SELECT date('now')",
+    'SELECT current_timestamp',
+    # Few instructions, each of them long: only the clock ends it.
+    "SELECT sum(instr(printf('%.3900c', '0'), printf('%.1900c', '0') || a.i)) "
+    'FROM (SELECT 1 AS i UNION ALL SELECT 2 UNION ALL SELECT 3) AS a, '
+    + ', '.join(
+      f'(SELECT 1 AS i UNION ALL SELECT 2 UNION ALL SELECT 3) AS b{n}'
+      for n in range(12)
+    ),
+    'SELECT count(*) FROM sqlite_master AS a' + ';SELECT 1' * 900,
+    # Short scripts that sqlite would read for hours: nothing executes yet.
+    'WITH c0 AS (SELECT 1 AS i)'
+    + ''.join(
+      f', c{i + 1} /**/ as/**/ not materialized (SELECT 1 AS i FROM c{i}, c{i} '
+      'UNION ALL SELECT 2)'
+      for i in range(30)
+    )
+    + ' SELECT count(*) FROM c30',
+    'CREATE TABLE spare(g0 INT'
+    + ''.join(f', g{i + 1} AS (g{i}+g{i})' for i in range(30))
+    + ')',
+    'ALTER TABLE note ADD COLUMN g GENERATED ALWAYS AS (id + id)',
+  )
+  def test_refused_and_nothing_stays(self, script):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
+    )
+    before = db.state(())
+    try:
+      db.run(script)
+    except sql_database.ScriptError:
+      pass
+    else:
+      self.assertIn(script, ('/**/COMMIT; DROP TABLE note',))
+    if 'DROP' not in script:
+      self.assertEqual(db.state(()), before)
+    self.assertEqual(db.run('SELECT 1'), [(1,)])
+
+  @parameterized.parameters(
+    # Each level puts eight times as much in the place of x.
+    (
+      'SELECT x+x+x+x+x+x+x+x AS x FROM (' * 8
+      + 'SELECT id AS x FROM note'
+      + ')' * 8,
+    ),
+    (
+      f'SELECT {"+".join(["id"] * 900)} AS x FROM note WHERE '
+      f'{"+".join(["x"] * 900)}>0',
+    ),
+    (
+      f'WITH c AS (SELECT {"+".join(["id"] * 900)} AS x FROM note) '
+      f'SELECT {"+".join(["x"] * 900)} FROM c',
+    ),
+    (
+      'SELECT * FROM note, ( SELECT "x"+"x"+"x"+"x"+"x"+"x" AS x FROM ('
+      'SELECT "x"+"x"+"x"+"x"+"x"+"x" AS x FROM ((SELECT '
+      + '+'.join(['[id]'] * 200)
+      + ' AS x FROM note))))',
+    ),
+  )
+  def test_what_grows_while_it_is_read_is_refused_at_once(self, script):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
+    )
+    start = time.process_time()
+    with self.assertRaisesRegex(sql_database.ScriptError, 'words are too many'):
+      db.run(script)
+    self.assertLess(time.process_time() - start, 0.1 * clock.slow())
+
+  def test_usual_queries_are_not_too_many_words(self):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE t(id INTEGER PRIMARY KEY, a, b)'], {})
+    )
+    db.run(
+      'SELECT t.a, s.total, (SELECT count(*) FROM t AS u WHERE u.b = t.b) '
+      'FROM t JOIN (SELECT a, sum(b) AS total FROM t GROUP BY a) AS s '
+      'ON s.a = t.a WHERE t.id NOT IN (SELECT min(id) FROM t GROUP BY a, b)'
+    )
+    rows = ','.join(f"({n}, 'word {n}', {n})" for n in range(300))
+    db.run(f'INSERT INTO t VALUES {rows}')
+    self.assertEqual(db.run('SELECT count(*) FROM t'), [(300,)])
+
+  def test_growth_is_bounded(self):
+    db = sql_database.Database(sql_database.build(['CREATE TABLE t(a)'], {}))
+    db.run("INSERT INTO t VALUES(printf('%.3000c', 'x'))")
+    with self.assertRaises(sql_database.ScriptError):
+      for _ in range(20):
+        db.run('INSERT INTO t SELECT a FROM t')
+
+  def test_a_call_is_whole_or_nothing(self):
+    task = sql.generate('add_col', 0, 'dev', 'x')
+    name = task.data['tables'][0]['name']
+
+    async def play():
+      async with sql.Workspace(task) as workspace:
+        bad = await workspace.execute(f'DELETE FROM {name}; SELECT nowhere')
+        count = await workspace.execute(f'SELECT count(*) FROM {name}')
+        good = await workspace.execute(sql.script_of(task))
+        return workspace, bad, count, good
+
+    workspace, bad, count, good = asyncio.run(play())
+    self.assertStartsWith(bad, 'error: no such column')
+    self.assertGreater(int(count), 3)
+    self.assertEqual(good, 'ok')
+    self.assertLen(workspace.scripts, 2)
+    self.assertTrue(sql.verify(task, workspace.scripts).passed)
+
+
+if __name__ == '__main__':
+  absltest.main()
