@@ -37,8 +37,9 @@ TOKEN_AXIS = 'context'  # and the tokens of each row
 _WINDOW_TOKENS = 1 << 16
 _WINDOW_ROWS = 8  # at the least
 # Shards of fewer documents are permuted by a table: Grain's shuffle computes an
-# index by trial, and takes 10 ms for one of three (0.01 for one of 10,000).
-_SMALL = 4096
+# index by trial, and takes 10 ms for one of three (1.4 for one of thirty, 0.01
+# for one of 10,000).
+_SMALL = 16
 # Text that a new tokenizer learns from: so much for each of its ids, at most
 # so much.
 _CHARACTERS_PER_ID = 2_000
