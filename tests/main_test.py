@@ -132,21 +132,27 @@ class MainTest(parameterized.TestCase):
     kept = json.loads((workdir / 'config.json').read_text())
     self.assertEqual(kept['steps'], 12)
 
-  def test_messages_that_are_no_text_are_still_one_line(self):
-    workdir = self.folder / 'surrogate'
-    code = """
-import main
-def run(config, workdir):
-  raise ValueError('x' + chr(0xd800) + 'y is broken')
-main.run = run
-main.app.run(main.main, flags_parser=main.parse)
-"""
-    words = '--config=configs/m2.py:tiny', f'--workdir={workdir}'
-    run = subprocess.run(
-      [sys.executable, '-c', code, *words],
+  def failing(self, workdir, *lines):
+    """main.py with seed 7 whose run is these lines."""
+    code = [
+      'import main',
+      'def run(config, workdir):',
+      *(f'  {line}' for line in lines),
+      'main.run = run',
+      'main.app.run(main.main, flags_parser=main.parse)',
+    ]
+    words = '--config=configs/m2.py:tiny,seed=7', f'--workdir={workdir}'
+    return subprocess.run(
+      [sys.executable, '-c', '\n'.join(code), *words],
       cwd=ROOT,
       capture_output=True,
       text=True,
+    )
+
+  def test_messages_that_are_no_text_are_still_one_line(self):
+    workdir = self.folder / 'surrogate'
+    run = self.failing(
+      workdir, "raise ValueError('x' + chr(0xd800) + 'y is broken')"
     )
     self.assertEqual(run.returncode, 2, run.stderr)
     self.assertIn('y is broken', run.stderr)
@@ -159,22 +165,11 @@ main.app.run(main.main, flags_parser=main.parse)
     workdir.mkdir()
     (workdir / 'metrics.jsonl').write_text('{"step": 1}\n')
     (workdir / 'config.json').write_text('{"seed": 1}')
-    code = f"""
-import main
-def run(config, workdir):
-  if {recorded}:
-    with open(workdir / 'metrics.jsonl', 'a') as file:
-      file.write('{{"step": 2}}\\n')
-  raise ValueError('row 3 is broken')
-main.run = run
-main.app.run(main.main, flags_parser=main.parse)
-"""
-    words = '--config=configs/m2.py:tiny,seed=7', f'--workdir={workdir}'
-    run = subprocess.run(
-      [sys.executable, '-c', code, *words],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
+    run = self.failing(
+      workdir,
+      f'with open(workdir / "metrics.jsonl", "a") as file: '
+      f'file.write("x" * {int(recorded)})',
+      'raise ValueError("row 3 is broken")',
     )
     self.assertEqual(run.returncode, 2, run.stderr)
     self.assertIn('row 3 is broken', run.stderr)

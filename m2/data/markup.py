@@ -227,14 +227,12 @@ def _decode_as(text: str, kind: str) -> Any:
   if kind in ('integer', 'number') and _INTEGER.fullmatch(text):
     return int(text)
   if kind == 'number' and _NUMBER.fullmatch(text):
-    number = float(text)
-    if not math.isfinite(number):
-      raise ValueError(text)
+    number = _finite(text)
     return int(number) if number.is_integer() else number
   if kind in ('integer', 'number'):
     raise ValueError(text)
   value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-  json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
+  to_json(value).encode()  # refuses lone surrogates
   if kind in _JSON_TYPES and not isinstance(value, _JSON_TYPES[kind]):
     raise ValueError(text)
   return value

@@ -32,7 +32,7 @@ from m2.data import tokenizer as tokenizers
 ROW_AXES = ('data', 'fsdp', 'expert')
 TOKEN_AXIS = 'context'  # and the tokens of each row
 # Tokens packed together: enough documents to fill rows well, few enough to be
-# read again when a run resumes (0.2 s of chats; a second, if all are a few
+# read again when a run resumes (0.2 s of chats; seconds, if all are a few
 # tokens long).
 _WINDOW_TOKENS = 1 << 16
 _WINDOW_ROWS = 8  # at the least

@@ -107,7 +107,7 @@ def train_program(
 
 def _check_rows(name: str, rows: int, mesh, parts: int = 1) -> None:
   """Refuses a setting that the devices, in `parts` turns, cannot share."""
-  ways = parts * counts.ways(mesh.shape, sharding.RULES['batch'])
+  ways = parts * sharding.row_ways(mesh.shape)
   if rows % ways:
     turns = f' times optim.accumulate={parts}' if parts > 1 else ''
     raise ValueError(
@@ -245,7 +245,7 @@ def prefill_program(
   """One turn of `engine.PREFILL` tokens of a full batch of prompts."""
   model, engine = memory.served_model(config), config.engine
   weights, state = rollout_params(model, mesh), _slots(config, mesh)
-  ways = counts.ways(mesh.shape, sharding.RULES['batch'])
+  ways = sharding.row_ways(mesh.shape)
   rows = engines.prefill_rows(engine, ways, engine.prompts)
   where = jax.sharding.NamedSharding(mesh, jax.P())
 
