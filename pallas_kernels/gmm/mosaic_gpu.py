@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.gmm import layout, panels, pipeline, vjp
+from pallas_kernels.gmm import layout, panels, pipeline, slices, vjp
 
 
 def alignment(rows: int, groups: int, align: int) -> int:
@@ -205,27 +205,59 @@ def _lookup(operation: str, depth: int, columns: int) -> tile_tables.Tiles:
   return tile_tables.lookup(kind, operation, (depth, columns))
 
 
-def _mask_tail(a_smem, b_smem, left, masked, tiles):
-  """Zeroes rows past the group's last: another group's, or nobody's.
+def _add_rest(total, left, x_smem, dy_smem, share, full, empty, masked):
+  """Adds the products of a group's last rows, fewer than a stage, if any.
 
   Args:
-    a_smem: this warpgroup's part of the first operand.
-    b_smem: its share of the second, or None to leave it.
+    total: a warpgroup's sums.
     left: rows that the group still has.
-    masked: where the warpgroups wait for each other, if there is a second.
-    tiles: how the products are cut.
+    x_smem: this warpgroup's part of the first operand.
+    dy_smem: the second operand.
+    share: this warpgroup's share of it to mask, or None if it is finite.
+    full: barrier of the stage.
+    empty: barrier of its slot.
+    masked: where the warpgroups wait for each other, if there is a share.
   """
 
-  @pl.when(left < tiles.depth)
-  def _():
-    pipeline.mask_rows(a_smem, left)
-    if b_smem is not None:
-      pipeline.mask_rows(b_smem, left)
-    plgpu.commit_smem()
-    if b_smem is not None:
-      # Both warpgroups read all of b, of which each has masked its share.
-      plgpu.barrier_arrive(masked)
-      plgpu.barrier_wait(masked)
+  def add(count, total):
+    plgpu.barrier_wait(full)
+
+    @pl.when(lax.rem(left, slices.ROWS) > 0)
+    def _():  # rows past the group's last are another group's, or nobody's
+      pipeline.mask_rows(x_smem, left)
+      if share is not None:
+        pipeline.mask_rows(share, left)
+      plgpu.commit_smem()
+      if share is not None:
+        # Both warpgroups read all of dy, of which each has masked its share.
+        plgpu.barrier_arrive(masked)
+        plgpu.barrier_wait(masked)
+
+    total = slices.add(total, x_smem, dy_smem, count)
+    plgpu.barrier_arrive(empty)
+    return total
+
+  counts = range(1, x_smem.shape[0] // slices.ROWS + 1)
+  return lax.switch(
+    pl.cdiv(left, slices.ROWS),
+    [lambda total: total, *(functools.partial(add, n) for n in counts)],
+    total,
+  )
+
+
+def _locate(width, columns, tiles, item):
+  """Group, first row and first column of an item's tile."""
+  row_tiles = width // (pipeline.ROWS * tiles.cluster)
+  column_tiles = columns // tiles.columns
+  group = lax.div(item, row_tiles * column_tiles)
+  inner = lax.rem(item, row_tiles * column_tiles)
+  tile, column = pipeline.raster(inner, row_tiles, column_tiles, tiles.band)
+  tile = tile * tiles.cluster + lax.axis_index('member')
+  return (
+    group,
+    pl.multiple_of(tile * pipeline.ROWS, pipeline.ROWS),
+    pl.multiple_of(column * tiles.columns, tiles.columns),
+  )
 
 
 def _gradient_body(
@@ -245,22 +277,11 @@ def _gradient_body(
   clean,
 ):
   groups, width, columns = dw_ref.shape
-  row_tiles = width // (pipeline.ROWS * tiles.cluster)
-  column_tiles = columns // tiles.columns
-
-  def locate(item):
-    group = lax.div(item, row_tiles * column_tiles)
-    inner = lax.rem(item, row_tiles * column_tiles)
-    tile, column = pipeline.raster(inner, row_tiles, column_tiles, tiles.band)
-    steps = lax.div(size_ref[group] + tiles.depth - 1, tiles.depth)
-    tile = tile * tiles.cluster + lax.axis_index('member')
-    first = pl.multiple_of(tile * pipeline.ROWS, pipeline.ROWS)
-    column = pl.multiple_of(column * tiles.columns, tiles.columns)
-    return group, first, column, steps
+  locate = functools.partial(_locate, width, columns, tiles)
 
   def fetch(item, ring):
-    group, tile, column, steps = locate(item)
-    start = start_ref[group]
+    group, tile, column = locate(item)
+    start, steps = start_ref[group], pl.cdiv(size_ref[group], tiles.depth)
 
     def copy(step, slot):
       first = pl.multiple_of(start + step * tiles.depth, pipeline.ALIGN)
@@ -280,22 +301,32 @@ def _gradient_body(
     return pipeline.fetch(copy, steps, ring, empty, tiles)
 
   def multiply(item, ring, warpgroup):
-    group, tile, column, steps = locate(item)
+    group, tile, column = locate(item)
     size = size_ref[group]
     mine = pl.ds(warpgroup * pipeline.HALF, pipeline.HALF)
     share = tiles.columns // pipeline.CONSUMERS
+    whole = lax.div(size, tiles.depth)
 
     def step(accs, slot, index):
-      left = size - index * tiles.depth
-      ours = b_smem.at[slot, :, pl.ds(warpgroup * share, share)]
-      ours = None if clean else ours
-      _mask_tail(a_smem.at[slot, :, mine], ours, left, masked, tiles)
+      del index
       x_smem = a_smem.at[slot, :, mine].transpose((1, 0))
       plgpu.wgmma(accs[0], x_smem, b_smem.at[slot])
 
     shapes = [(pipeline.HALF, tiles.columns)]
     (total,) = pipeline.accumulate(
-      step, steps, ring, full, empty, tiles, shapes
+      step, whole, ring, full, empty, tiles, shapes
+    )
+    slot = lax.rem(ring + whole, tiles.stages)
+    ours = b_smem.at[slot, :, pl.ds(warpgroup * share, share)]
+    total = _add_rest(
+      total,
+      lax.rem(size, tiles.depth),
+      a_smem.at[slot, :, mine],
+      b_smem.at[slot],
+      None if clean else ours,
+      full.at[slot],
+      empty.at[slot],
+      masked,
     )
     _store_columns(
       total,
@@ -303,9 +334,11 @@ def _gradient_body(
       column,
       out_smem.at[warpgroup],
     )
-    return ring + steps
+    return ring + pl.cdiv(size, tiles.depth)
 
-  pipeline.run(fetch, multiply, groups * row_tiles * column_tiles, empty, tiles)
+  items = groups * (width // pipeline.ROWS // tiles.cluster)
+  items *= columns // tiles.columns
+  pipeline.run(fetch, multiply, items, empty, tiles)
 
 
 def _store_columns(total, target, column, staging) -> None:

@@ -72,12 +72,13 @@ def moe(results: Sequence[dict[str, Any]]) -> str:
     size = row['saved_bytes'].get(name)
     return f'{size / 2**20:,.0f}' if size else ''
 
+  contenders = 'mosaic_gpu', 'torch', 'torch.compile', 'tokamax', 'liger'
   rows = [
     [
       DIRECTIONS[row['direction']],
       str(row['experts']),
       f'{row["tokens"]:,}',
-      *(milliseconds(row, x) for x in ('mosaic_gpu', 'torch', 'torch.compile')),
+      *(milliseconds(row, name) for name in contenders),
       f'{row["ratio_to_floor"]:.2f}',
       *(saved(row, name) for name in ('mosaic_gpu', 'torch')),
       result['device'],
@@ -89,7 +90,8 @@ def moe(results: Sequence[dict[str, Any]]) -> str:
   ]
   head = (
     'layer', 'experts', 'tokens', 'Pallas ms', 'torch ms', 'torch.compile ms',
-    'over floor', 'keeps MiB', 'torch keeps MiB', 'device', 'commit',
+    'tokamax ms', 'Liger ms', 'over floor', 'keeps MiB', 'torch keeps MiB',
+    'device', 'commit',
   )  # fmt: skip
   return table(head, rows)
 

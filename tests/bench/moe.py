@@ -1,20 +1,23 @@
 """The whole expert layer at the shapes of M2, against peers.
 
-    python -m tests.bench.moe [--tokens T ...] [--routings R ...] [--out FOLDER]
+    python -m tests.bench.moe [--tokens T ...] [--routings R ...]
+      [--peers NAME ...] [--out FOLDER]
 
-Needs one Hopper GPU and PyTorch; Liger's fused MoE and tokamax take part where
-they are installed. `forward` starts from given choices and weights: plan,
-gather, gate and up projections with SwiGLU, down projection, combination.
+Needs one Hopper GPU and PyTorch. Liger's fused MoE, on matrices in the order
+that it wants, and tokamax, with the tiles that it picks without a search, take
+part where they are installed. `forward` starts from given choices and weights:
+plan, gather, gate and up projections with SwiGLU, down projection, combination.
 `both` adds the gradients of the tokens, of the routing weights and of the three
-matrices. The peer is what PyTorch users write: a sort, `grouped_mm` and
+matrices. The first peer is what PyTorch users write: a sort, `grouped_mm` and
 element-wise glue, run eagerly (`torch`) and compiled (`torch.compile`).
 
-Every contender's outputs are compared before they are timed. They take turns,
-round by round, since a warm GPU lowers its clock; a round is a few calls, timed
-by the host until the last has finished. `saved` is what a contender keeps for
-the backward pass beside its inputs and weights. `floor` is the larger of the
-operations at the rate of a dense product and of the bytes that a fused layer
-must move, each once, at the rate of a copy, both measured in the same run.
+Every contender's output is compared before it is timed, and all our gradients;
+results are written as they come. Contenders take turns, round by round, since a
+warm GPU lowers its clock; a round is a few calls, timed by the host until the
+last has finished. `saved` is what a contender keeps for the backward pass,
+beside its inputs and weights. `floor` is the larger of the operations at the
+rate of a dense product and of the bytes that a fused layer must move, each
+once, at the rate of a copy, both measured in the same run.
 """
 
 import argparse
@@ -25,7 +28,7 @@ import importlib.util
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 # JAX would otherwise keep three quarters of the memory from PyTorch.
@@ -41,6 +44,8 @@ from tests.bench import record, timing  # noqa: E402
 WIDE, HIDDEN, TOP_K = 3072, 1536, 8
 ROUTINGS = ('uniform', 'zipf', 'eight')
 COMPILED = (8192, 32768)  # tokens at which torch.compile takes part, E 256
+MOST_LIGER = 8192  # tokens: beyond, its copies of the matrices leave no room
+PEERS = ('torch.compile', 'liger', 'tokamax')  # beside torch
 TOLERANCE = 2e-2  # of bfloat16 results against each other, in norm
 
 
@@ -137,6 +142,11 @@ def program(name: str, direction: str, tokens: int, experts: int) -> Callable:
   return timing.compile(f'moe-{name}-{direction}', run, *shapes)
 
 
+def first(result):
+  """The tokens of what `forward` or `both` gave."""
+  return result[0] if isinstance(result, tuple) else result
+
+
 def ours(x, index, weight, wi_0, wi_1, wo):
   return api.experts(x, index, weight, wi_0, wi_1, wo, impl='mosaic_gpu')
 
@@ -158,17 +168,16 @@ def tokamax_layer(x, index, weight, wi_0, wi_1, wo):
   return (y[back] * weight[..., None].astype(y.dtype)).sum(1)
 
 
-LAYERS = {'mosaic_gpu': ours}
-if importlib.util.find_spec('tokamax'):
-  LAYERS['tokamax'] = tokamax_layer
+LAYERS = {'mosaic_gpu': ours, 'tokamax': tokamax_layer}
+PACKAGES = {'liger': 'liger_kernel', 'tokamax': 'tokamax'}
 
 
-def versions() -> dict[str, str]:
-  """Of the peers that take part where they are installed."""
+def installed(wanted: Collection[str]) -> dict[str, str]:
+  """Those of the peers that need a package and have it -> its version."""
   return {
-    name: importlib.metadata.version(name)
-    for name in ('liger_kernel', 'tokamax')
-    if importlib.util.find_spec(name)
+    name: importlib.metadata.version(package)
+    for name, package in PACKAGES.items()
+    if name in wanted and importlib.util.find_spec(package)
   }
 
 
@@ -192,43 +201,43 @@ def liger_layer(x, index, weight, w13, wo):
   """Liger's fused layer; its matrices are [E, 2F, D] and [E, D, F]."""
   from liger_kernel.ops import fused_moe
 
-  return fused_moe.LigerFusedMoEFunction.apply(
-    x, w13.transpose(1, 2), wo.transpose(1, 2), index.int(), weight
-  )
+  return fused_moe.LigerFusedMoEFunction.apply(x, w13, wo, index.int(), weight)
 
 
-def peers(case: Case, arrays: Mapping[str, jax.Array]) -> dict[str, Callable]:
-  """Name -> layer of PyTorch tensors, and the tensors."""
+def peers(
+  case: Case, arrays: Mapping[str, jax.Array], wanted: Collection[str]
+) -> dict[tuple[str, str], Callable]:
+  """(name, forward, both or saved) -> call, of PyTorch's contenders."""
   tensors = {name: torch.from_dlpack(array) for name, array in arrays.items()}
+  x, weight, wo = (tensors[name] for name in ('x', 'weight', 'wo'))
   w13 = torch.cat([tensors['wi_0'], tensors['wi_1']], 2)
-  leaves = [tensors['x'], tensors['weight'], w13, tensors['wo']]
-  for leaf in leaves:
-    leaf.requires_grad_()
   index = tensors['index'].long()
-  layers = {'torch': torch_layer}
-  wanted = case.tokens in COMPILED and case.experts == 256
-  if wanted and case.routing == 'uniform':
-    layers['torch.compile'] = torch.compile(torch_layer, dynamic=False)
-  if importlib.util.find_spec('liger_kernel'):
-    layers['liger'] = liger_layer
-  x, weight, w13, wo = leaves
+  layers = {'torch': (torch_layer, w13, wo)}
+  shown = case.tokens in COMPILED and case.experts == 256
+  if shown and case.routing == 'uniform' and 'torch.compile' in wanted:
+    compiled = torch.compile(torch_layer, dynamic=False)
+    layers['torch.compile'] = compiled, w13, wo
+  if 'liger' in wanted and case.tokens <= MOST_LIGER:
+    own = (z.transpose(1, 2).contiguous() for z in (w13, wo))
+    layers['liger'] = liger_layer, *own
 
-  def forward(layer):
+  def forward(layer, *ws):
     with torch.no_grad():
-      return layer(x, index, weight, w13, wo)
+      return layer(x, index, weight, *ws)
 
-  def both(layer):
-    y = layer(x, index, weight, w13, wo)
-    return y, *torch.autograd.grad(y, leaves, tensors['dy'])
+  def both(layer, *ws):
+    y = layer(x, index, weight, *ws)
+    return y, *torch.autograd.grad(y, (x, weight, *ws), tensors['dy'])
 
   found = {}
-  for name, layer in layers.items():
-    found[name, 'forward'] = functools.partial(forward, layer)
-    found[name, 'both'] = functools.partial(both, layer)
+  for name, (layer, *ws) in layers.items():
+    leaves = [x, weight, *ws]
+    for leaf in leaves:
+      leaf.requires_grad_()
+    found[name, 'forward'] = functools.partial(forward, layer, *ws)
+    found[name, 'both'] = functools.partial(both, layer, *ws)
     found[name, 'saved'] = functools.partial(
-      saved_by_torch,
-      functools.partial(layer, x, index, weight, w13, wo),
-      leaves,
+      saved_by_torch, functools.partial(layer, x, index, weight, *ws), leaves
     )
   return found
 
@@ -293,19 +302,21 @@ def compare(ours_both, theirs_both) -> None:
     check(name, got, jnp.from_dlpack(want.detach().contiguous()))
 
 
-def measure(case: Case, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-  """Rows of the table: forward, and both where it fits the memory."""
+def measure(
+  case: Case, rates: Mapping[str, float], wanted: Collection[str]
+) -> Iterator[dict[str, Any]]:
+  """Rows of the table: forward, and both."""
   arrays = operands(case)
   active = int((jnp.bincount(arrays['index'].reshape(-1)) > 0).sum())
   inputs = list(arrays.values())
-  theirs = peers(case, arrays)
+  theirs = peers(case, arrays, wanted)
+  layers = [name for name in LAYERS if name in ('mosaic_gpu', *wanted)]
   compiled = {
     (name, direction): program(name, direction, case.tokens, case.experts)
-    for name in LAYERS
+    for name in layers
     for direction in ('forward', 'both')
   }
   compare(compiled['mosaic_gpu', 'both'](*inputs), theirs['torch', 'both']())
-  rows = []
   for direction in ('forward', 'both'):
     given = inputs if direction == 'both' else inputs[:-1]
     calls = {
@@ -316,16 +327,20 @@ def measure(case: Case, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     calls |= {
       name: run for (name, way), run in theirs.items() if way == direction
     }
-    seconds = timing.race(calls)
-    rows.append(row(case, direction, seconds, rates, active))
-  for name, way in theirs:
-    if way == 'saved':
-      rows[-1]['saved_bytes'][name] = theirs[name, way]()
-  for name in LAYERS:
-    rows[-1]['saved_bytes'][name] = saved_by_ours(name, case)
-  kept = {k: f'{v / 2**20:.0f} MiB' for k, v in rows[-1]['saved_bytes'].items()}
-  print('  saved:', kept, flush=True)
-  return rows
+    want = jnp.from_dlpack(first(calls['torch']()).detach())
+    for name, call in calls.items():
+      got = first(call())
+      got = got if isinstance(got, jax.Array) else jnp.from_dlpack(got.detach())
+      check(name, got, want)
+    found = row(case, direction, timing.race(calls), rates, active)
+    if direction == 'both':
+      kept = {name: saved_by_ours(name, case) for name in layers} | {
+        name: run() for (name, way), run in theirs.items() if way == 'saved'
+      }
+      found['saved_bytes'] = kept
+      kept = {name: f'{z / 2**20:.0f} MiB' for name, z in kept.items()}
+      print('  saved:', kept, flush=True)
+    yield found
 
 
 def row(case, direction, seconds, rates, active) -> dict[str, Any]:
@@ -368,6 +383,7 @@ def main() -> None:
   )
   parser.add_argument('--experts', type=int, nargs='*', default=[256, 32])
   parser.add_argument('--routings', nargs='*', default=list(ROUTINGS))
+  parser.add_argument('--peers', nargs='*', choices=PEERS, default=PEERS)
   flags = parser.parse_args()
   refusal = mosaic_gpu.refusal(jnp.dtype('bfloat16'), (WIDE, HIDDEN))
   if refusal:
@@ -375,18 +391,21 @@ def main() -> None:
   rates = timing.denominators()
   print({name: f'{rate:.4g}' for name, rate in rates.items()}, flush=True)
   rows = [{'direction': name, 'rate': rate} for name, rate in rates.items()]
-  rows.append({'direction': 'peer', 'torch': torch.__version__, **versions()})
-  for tokens, experts in itertools.product(flags.tokens, flags.experts):
-    for routing in flags.routings:
-      rows += measure(Case(tokens, experts, routing), rates)
-      torch.cuda.empty_cache()
-    path = record.write(
-      'moe',
-      jax.devices()[0].device_kind,
-      rows,
-      command=record.command('moe'),
-      folder=flags.out,
-    )
+  versions = installed(flags.peers)
+  rows.append({'direction': 'peer', 'torch': torch.__version__, **versions})
+  wanted = {z for z in flags.peers if z not in PACKAGES or z in versions}
+  cases = itertools.product(flags.tokens, flags.experts, flags.routings)
+  for case in itertools.starmap(Case, cases):
+    for found in measure(case, rates, wanted):
+      rows.append(found)
+      path = record.write(
+        'moe',
+        jax.devices()[0].device_kind,
+        rows,
+        command=record.command('moe'),
+        folder=flags.out,
+      )
+    torch.cuda.empty_cache()
   print(path)
 
 

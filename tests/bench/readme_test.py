@@ -86,8 +86,8 @@ class ReadmeTest(absltest.TestCase):
     record.write('moe', 'Some GPU', rows, command='x', folder=folder)
     text = readme.render(EMPTY, folder)
     self.assertIn(
-      '| with gradients | 256 | 8,192 | 12.00 | 20.00 |  | 1.50 | 400 | 2,000 '
-      '| Some GPU | ',
+      '| with gradients | 256 | 8,192 | 12.00 | 20.00 |  |  |  | 1.50 | 400 '
+      '| 2,000 | Some GPU | ',
       text,
     )
     self.assertEqual(text.count('Some GPU'), 1)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gmm import gathered
+from pallas_kernels.gmm import gathered, slices
 
 CUSTOM_CALLS = ('mosaic_gpu_v2', 'mosaic_gpu')
 
@@ -40,6 +40,12 @@ def wait(landed, ring):
 
 # `gathered` without the instructions that the interpreter cannot run: whole
 # rows instead of threads' units, and Pallas' barriers instead of its own.
+def add(total_MN, a_smem, b_smem, count):
+  rows = pl.ds(0, slices.ROWS * count)
+  a_RM, b_RN = (z[rows].astype(jnp.float32) for z in (a_smem, b_smem))
+  return total_MN + a_RM.T @ b_RN
+
+
 PLAIN = {
   'barriers': barriers,
   'prepare': lambda landed: None,
@@ -57,6 +63,7 @@ def compiled_here():
     return
   with (
     mock.patch.multiple(gathered, **PLAIN),
+    mock.patch.object(slices, 'add', add),
     plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()),
   ):
     yield
