@@ -34,6 +34,9 @@ from m2.parallel import hosts, sharding
 FORMAT = 'm2-jax checkpoint 2'
 _WHOLE = 'value'  # file of a value that is not split
 _CHUNK = 2**26  # bytes of the embedding or the head that lie together
+_WORTH_A_PROGRAM = (
+  2**22
+)  # bytes of what each of the devices that hold it writes
 _LISTED = 5  # mismatches that an error spells out
 
 
@@ -126,10 +129,13 @@ def options() -> ocp.Context:
   """How parameters are written: in chunks of one layer's, or expert's, matrix.
 
   Orbax would make one chunk of all that a device holds of a leaf, and nobody
-  could read a matrix without the rest.
+  could read a matrix without the rest. What devices hold alike is written by
+  all of them, a part each, if a part is large: each is cut by its own program.
   """
   context = ocp.Context()
-  context.array.saving.scoped_storage_options_creator = _storage
+  saving = context.array.saving
+  saving.scoped_storage_options_creator = _storage
+  saving.min_slice_bytes_for_replica_parallel = _WORTH_A_PROGRAM
   return context
 
 

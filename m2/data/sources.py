@@ -12,6 +12,7 @@ other: a broken row is an error of its own that says where it is.
 
 import bisect
 import glob as globbing
+import hashlib
 import json
 import os
 import pathlib
@@ -27,6 +28,7 @@ Row = Mapping[str, Any]
 STDLIB = 'stdlib'
 # Installed packages are not the standard library; tests hold broken encodings.
 _NOT_STDLIB = {'site-packages', 'dist-packages', 'test', 'tests', '__pycache__'}
+_SAMPLED = 64  # rows that a fingerprint reads
 _SCAN = 1 << 22  # bytes read at once while indexing lines
 _TEXT = np.ones(256, bool)  # whether a byte makes a line more than blank
 _TEXT[list(b' \t\n\r\v\f')] = False
@@ -193,6 +195,23 @@ class ArrayRecord:
   def where(self, index: int) -> str:
     """Its index over all the files."""
     return f'{", ".join(self._paths)} record {index}'
+
+
+def fingerprint(source: Source) -> str:
+  """How many rows, and a digest of some: 'N rows, like HEX'.
+
+  At most _SAMPLED rows are read, evenly spaced, the first and last among them;
+  broken ones count as such.
+  """
+  count, digest = len(source), hashlib.sha256()
+  for index in np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int):
+    try:
+      row = sorted(source[int(index)].items())
+    except ValueError:
+      row = 'broken'
+    text = json.dumps(row, default=lambda value: np.asarray(value).tolist())
+    digest.update(text.encode() + b'\n')
+  return f'{count} rows, like {digest.hexdigest()[:12]}'
 
 
 KINDS = {'files': Files, 'jsonl': JsonLines, 'array_record': ArrayRecord}

@@ -54,6 +54,7 @@ def run(
   mesh = meshes.make_mesh(config.mesh)
   _check(config, mesh)
   data = resume.data_config(config)
+  source = pipeline.open_source(data, source)
   tokenizer = hosts.first(
     'tokenizer',
     lambda: pipeline.tokenizer(data, source, config.model.vocab, workdir),
@@ -63,7 +64,9 @@ def run(
     data, tokenizer, seed=config.seed, wanted=wanted, source=source
   )
   optimizer = optim.make(config.optim, config.steps)
-  note = resume.note(config, tokenizer)
+  # Demonstrations follow from the config; files may be written anew.
+  files = None if data.source == 'tasks' else source
+  note = resume.note(config, tokenizer, files)
   folder = workdir / 'checkpoints'
   with (
     jax.set_mesh(mesh),

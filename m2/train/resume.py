@@ -9,6 +9,7 @@ import optax
 
 from m2 import config as settings
 from m2.checkpoint import storage, store
+from m2.data import sources
 from m2.data import tokenizer as tokenizers
 from m2.parallel import hosts
 from m2.train import state as train_state
@@ -27,11 +28,16 @@ FREE = ('data.prefetch', 'model.remat')
 
 
 def note(
-  config: settings.RunConfig, tokenizer: tokenizers.Tokenizer
+  config: settings.RunConfig,
+  tokenizer: tokenizers.Tokenizer,
+  source: sources.Source | None = None,
 ) -> dict[str, Any]:
-  """What every checkpoint of the run says of it: config and tokenizer."""
+  """What every checkpoint of the run says of it: config, tokenizer and rows."""
   tree = json.loads(settings.to_config(config).to_json())
-  return {'config': tree, 'tokenizer': tokenizer.fingerprint()}
+  found = {'config': tree, 'tokenizer': tokenizer.fingerprint()}
+  if source is not None:
+    found['rows'] = sources.fingerprint(source)
+  return found
 
 
 def data_config(config: settings.RunConfig) -> settings.DataConfig:
@@ -123,6 +129,8 @@ def changes(
   }
   if before['tokenizer'] != now['tokenizer']:
     differing['data.tokenizer'] = (before['tokenizer'], now['tokenizer'])
+  if before.get('rows', now.get('rows')) != now.get('rows'):
+    differing['data'] = (before['rows'], now.get('rows'))
   lines = [
     f'{name} was {was!r}, is {now_is!r}'
     for name, (was, now_is) in differing.items()

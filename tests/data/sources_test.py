@@ -4,6 +4,7 @@ import json
 import pathlib
 import pickle
 
+import numpy as np
 from absl.testing import absltest, parameterized
 from array_record.python import array_record_module
 
@@ -127,6 +128,24 @@ class SourcesTest(parameterized.TestCase):
   def test_refuses(self, kind, path, error):
     with self.assertRaisesRegex(ValueError, error):
       sources.make(kind, path.format(dir=self.dir))
+
+  def test_a_fingerprint_is_of_rows(self):
+    rows = [{'text': f'row {i}', 'weights': np.ones(2)} for i in range(300)]
+    of = sources.fingerprint(sources.Memory(rows))
+    self.assertStartsWith(of, '300 rows, like ')
+    self.assertEqual(of, sources.fingerprint(sources.Memory(list(rows), 'x')))
+    turned = [dict(reversed(row.items())) for row in rows]
+    self.assertEqual(of, sources.fingerprint(sources.Memory(turned)))
+    for changed in (rows[:-1], rows[1:], [*rows[:-1], {'text': 'row 2'}]):
+      self.assertNotEqual(of, sources.fingerprint(sources.Memory(changed)))
+
+  def test_a_broken_row_has_a_fingerprint_too(self):
+    path = self.write('a.jsonl', '{"text": "a"}\nbroken\n{"text": "b"}\n')
+    of = sources.fingerprint(sources.make('jsonl', str(path)))
+    self.assertStartsWith(of, '3 rows, like ')
+    path.write_text('{"text": "a"}\n{"text": "c"}\n{"text": "b"}\n')
+    mended = sources.fingerprint(sources.make('jsonl', str(path)))
+    self.assertNotEqual(of, mended)
 
   def test_memory(self):
     source = sources.Memory([{'text': 'a'}], 'demos')

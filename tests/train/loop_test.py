@@ -116,6 +116,9 @@ class LoopTest(parameterized.TestCase):
       run_loop(self.first, 'seed=1')
     with self.assertRaisesRegex(ValueError, 'data.length was 16, is 32'):
       run_loop(self.first, 'data.length=32')
+    rows = worker.source()[:-1]
+    with self.assertRaisesRegex(ValueError, 'data was .200 rows.*is .199 rows'):
+      loop.run(worker.settings(*ARGUMENTS), self.first, rows)
     self.assertEqual(checkpoints(self.first), ['36', '40'])
 
   def test_starts_from_weights_of_another_run(self):

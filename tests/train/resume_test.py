@@ -71,6 +71,13 @@ class ChangesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'data.tokenizer was'):
       resume.changes(self.note, other, 'here')
 
+  def test_other_rows_are_refused_where_they_were_noted(self):
+    now = self.note | {'rows': '3 rows, like 0'}
+    self.assertEqual(resume.changes(self.note, now, 'here'), [])
+    other = now | {'rows': '4 rows, like 1'}
+    with self.assertRaisesRegex(ValueError, "data was '3 rows, like 0', is '4"):
+      resume.changes(now, other, 'here')
+
   def test_settings_are_compared_before_arrays(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     now = copy.deepcopy(self.note)
