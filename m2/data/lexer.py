@@ -25,9 +25,6 @@ _FIXED = (
   markup.PARAMETER_END,
   markup.EOS,
 )
-# A name stops at the next '<' and has a greatest length: no quadratic rescans.
-_NAME = r'[^"<>\n]'
-_LONGEST = 256
 
 
 def _starts(tag: str) -> str:
@@ -40,11 +37,11 @@ def _starts(tag: str) -> str:
 
 _WHOLE = '|'.join(
   [re.escape(tag) for tag in _FIXED]
-  + [f'{tag}{_NAME}{{1,{_LONGEST}}}">' for tag in (INVOKE, PARAMETER)]
+  + [f'{tag}{markup.NAME}">' for tag in (INVOKE, PARAMETER)]
 )
 _START = '|'.join(
   [_starts(tag) for tag in (*_FIXED, INVOKE, PARAMETER)]
-  + [f'{tag}{_NAME}{{0,{_LONGEST}}}"?' for tag in (INVOKE, PARAMETER)]
+  + [f'{tag}(?:{markup.NAME})?"?' for tag in (INVOKE, PARAMETER)]
 )
 # The leftmost match wins, so a start that may yet become a tag goes before a
 # whole tag inside its name.

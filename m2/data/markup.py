@@ -36,6 +36,8 @@ SPECIALS = (
 
 INVOKE_END = '</invoke>'
 PARAMETER_END = '</parameter>'
+# A name stops at the next '<' and has a greatest length: no quadratic rescans.
+NAME = r'[^"<>\n]{1,256}'
 
 _INTEGER = re.compile(r'\s*[+-]?[0-9]+\s*')
 _NUMBER = re.compile(r'\s*[+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?\s*')
@@ -96,7 +98,8 @@ def read_tools(
   """Indexes tools by name for `decode`; None stays None (nothing is checked).
 
   Raises:
-    ValueError: a tool is not a named function with an object schema.
+    ValueError: a tool is not a named function with an object schema, or a name
+      is one that no call can be read back with.
   """
   if tools is None:
     return None
@@ -112,6 +115,12 @@ def read_tools(
     required = schema.get('required') or ()
     if not isinstance(required, list | tuple):
       raise ValueError(f'tool {declared["name"]}: required is no list')
+    for name in (declared['name'], *properties):
+      if not (isinstance(name, str) and re.fullmatch(NAME, name)):
+        raise ValueError(
+          f'tool {declared["name"]!r}: no call can hold the name {name!r}; '
+          'names have 1 to 256 letters, none of them " < > or a line break'
+        )
     index[declared['name']] = Tool(
       {name: _kinds(kind, schema) for name, kind in properties.items()},
       tuple(required),

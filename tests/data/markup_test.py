@@ -170,6 +170,11 @@ class ToolsTest(parameterized.TestCase):
     ('f',),
     ({'name': 'f', 'parameters': 'none'},),
     ({'name': 'f', 'parameters': {'properties': [1]}},),
+    ({'name': 'f<g>'},),
+    ({'name': ''},),
+    ({'name': 'f', 'parameters': {'properties': {'a "b"': {}}}},),
+    ({'name': 'f', 'parameters': {'properties': {'a\nb': {}}}},),
+    ({'name': 'f', 'parameters': {'properties': {3: {}}}},),
   )
   def test_refuses_what_is_no_tool(self, tool):
     with self.assertRaises(ValueError):

@@ -152,6 +152,7 @@ class CaptureTest(parameterized.TestCase):
     ({'parameters': [1]}, 'parameters is no schema'),
     ({'parameters': {'properties': [1]}}, 'properties is no mapping'),
     ({'parameters': {'required': 5}}, 'required is no list'),
+    ({'parameters': {'properties': {'a<b': {}}}}, "hold the name 'a<b'"),
   )
   def test_tools_that_make_no_sense_are_refused_before_sampling(
     self, tool, message
