@@ -36,10 +36,10 @@ TOKEN_AXIS = 'context'  # and the tokens of each row
 # tokens long).
 _WINDOW_TOKENS = 1 << 16
 _WINDOW_ROWS = 8  # at the least
-# Shards of fewer documents are permuted by a table: Grain's shuffle computes an
-# index by trial, and takes 10 ms for one of three (1.4 for one of thirty, 0.01
-# for one of 10,000).
-_SMALL = 16
+# Shards of fewer documents are permuted by a table: Grain's shuffle finds an
+# index by trial, and takes 10 ms for one of three documents, 0.2 for one of 200
+# and 0.01 for one of 10,000; a window may ask for thousands.
+_SMALL = 4096
 # Text that a new tokenizer learns from: so much for each of its ids, at most
 # so much.
 _CHARACTERS_PER_ID = 2_000

@@ -135,7 +135,7 @@ class LoopTest(parameterized.TestCase):
   def test_a_bad_weight_stops_the_run_and_is_named(self):
     workdir, start = self.workdir(), self.workdir()
     params = jax.tree.map(np.array, self.state.params)
-    params['blocks']['moe']['wo'][1, 2, 3] = np.nan
+    params['blocks']['moe']['wo'][1, :, 3] = np.nan  # whichever is chosen
     with store.Store(start / 'checkpoints') as made:
       placed = jax.tree.map(jax.numpy.asarray, params)
       made.save({'params': placed}, None, step=0, extra={})
