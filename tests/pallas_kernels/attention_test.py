@@ -11,6 +11,7 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from pallas_kernels.attention import blocks, ref, xla
+from tests.pallas_kernels import programs
 
 TOLERANCE = 2e-6
 
@@ -22,46 +23,44 @@ def case(seed, batch, queries, keys, heads, kv_heads, width=8):
   v = rng.normal(size=(batch, keys, kv_heads, width))
   until = np.arange(keys) + rng.integers(0, keys, (batch, keys))
   until[:, -2:] = 0  # padding
-  return (*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(until))
+  return *(np.float32(x) for x in (q, k, v)), np.int32(until)
 
 
 class AttentionTest(parameterized.TestCase):
+  def assert_close(self, got, want):
+    """Outputs, and with less precision their gradients."""
+    tolerances = (TOLERANCE, *(10 * TOLERANCE,) * 3)
+    for ours, spec, atol in zip(got, want, tolerances, strict=True):
+      np.testing.assert_allclose(ours, spec, atol=atol)
+
   @parameterized.parameters(
     (2, 16, 4, 2), (1, 130, 6, 1), (2, 65, 3, 3), (1, 200, 5, 5)
   )
   def test_equals_specification(self, batch, length, heads, kv_heads):
     q, k, v, until = case(length, batch, length, length, heads, kv_heads)
-    query = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
-
-    def ours(q, k, v):
-      return pallas_kernels.attention(q, k, v, until, scale=0.3)
-
-    def spec(q, k, v):
-      return ref.attention(q, k, v, until, query, scale=0.3)
-
-    dy = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), q.dtype)
-    got, pull = jax.vjp(ours, q, k, v)
-    want, want_pull = jax.vjp(spec, q, k, v)
-    np.testing.assert_allclose(got, want, atol=TOLERANCE)
-    for ours_d, spec_d in zip(pull(dy), want_pull(dy)):
-      np.testing.assert_allclose(ours_d, spec_d, atol=10 * TOLERANCE)
+    query = np.tile(np.arange(length), (batch, 1))
+    dy = np.random.default_rng(1).normal(size=q.shape)
+    ours = functools.partial(pallas_kernels.attention, scale=0.3)
+    got = programs.with_gradients(ours, (q, k, v), dy, until)
+    spec = functools.partial(ref.attention, scale=0.3)
+    want = programs.with_gradients(spec, (q, k, v), dy, until, query)
+    self.assert_close(got, want)
 
   def test_offset_sees_the_cache(self):
     q, k, v, until = case(0, 3, 1, 40, 4, 2)
-    until = jnp.full_like(until, 1 << 30)
-    offset = jnp.array([0, 7, 39])
-    got = pallas_kernels.attention(
-      q, k, v, until, query_BT=offset[:, None], scale=0.3
-    )
+    until = np.full_like(until, 1 << 30)
+    offset = np.array([0, 7, 39])
+    ours = jax.jit(functools.partial(pallas_kernels.attention, scale=0.3))
+    got = np.asarray(ours(q, k, v, until, query_BT=offset[:, None]))
+    spec = jax.jit(functools.partial(ref.attention, scale=0.3))
     for row, last in enumerate(offset):
       alone = slice(row, row + 1)
-      want = ref.attention(
+      want = spec(
         q[alone],
         k[alone, : last + 1],
         v[alone, : last + 1],
         until[alone, : last + 1],
-        jnp.array([[last]]),
-        scale=0.3,
+        np.array([[last]]),
       )
       np.testing.assert_allclose(got[alone], want, atol=TOLERANCE)
 
@@ -69,39 +68,32 @@ class AttentionTest(parameterized.TestCase):
   def test_long_rows_go_block_by_block(self, queries, offset):
     rows, keys = (1, queries) if offset is None else (2, 200)
     q, k, v, until = case(0, rows, queries, keys, 4, 2)
-    until = until.at[:, 70:90].set(until[:, 70:90].min(1, keepdims=True))
+    until[:, 70:90] = until[:, 70:90].min(1, keepdims=True)
     query = np.array(offset or [0])[:, None] + np.arange(queries)
-    query = jnp.asarray(query)
-    dy = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), q.dtype)
+    dy = np.random.default_rng(1).normal(size=q.shape)
 
-    def ours(q, k, v):
+    def ours(q, k, v, until, query):
       given = None if offset is None else query
       return pallas_kernels.attention(q, k, v, until, query_BT=given, scale=0.3)
-
-    def spec(q, k, v):
-      return ref.attention(q, k, v, until, query, scale=0.3)
 
     with (
       mock.patch.object(xla, 'UNROLLED', 32),
       mock.patch.object(blocks, 'BLOCK', 32),
     ):
-      got, pull = jax.vjp(ours, q, k, v)
-      got_d = pull(dy)
-    want, want_pull = jax.vjp(spec, q, k, v)
-    np.testing.assert_allclose(got, want, atol=TOLERANCE)
-    for ours_d, spec_d in zip(got_d, want_pull(dy)):
-      np.testing.assert_allclose(ours_d, spec_d, atol=10 * TOLERANCE)
+      got = programs.with_gradients(ours, (q, k, v), dy, until, query)
+    spec = functools.partial(ref.attention, scale=0.3)
+    want = programs.with_gradients(spec, (q, k, v), dy, until, query)
+    self.assert_close(got, want)
 
   def test_blocks_that_no_query_sees_are_not_visited(self):
     # A trunk of 8 and branches of 8 and 16; then 8 of padding: blocks of 4.
     until = np.repeat([32, 16, 32, 0], [8, 8, 16, 8])
     query = np.arange(40)
     with mock.patch.object(blocks, 'BLOCK', 4):
-      order, count = blocks._visits(
-        jnp.asarray(until).reshape(10, 1, 4),
-        jnp.asarray(query).reshape(10, 1, 4),
+      order, count = jax.jit(blocks._visits)(
+        until.reshape(10, 1, 4), query.reshape(10, 1, 4)
       )
-    visited = [row[:n].tolist() for row, n in zip(order, count)]
+    visited = [row[:n].tolist() for row, n in zip(np.asarray(order), count)]
     self.assertEqual(
       visited,
       [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
@@ -138,7 +130,7 @@ class AttentionTest(parameterized.TestCase):
       y = pallas_kernels.attention(q, k, v, jnp.zeros_like(until), scale=0.3)
       return y.sum(), y
 
-    grad, y = jax.grad(total, has_aux=True)(q)
+    grad, y = jax.jit(jax.grad(total, has_aux=True))(q)
     self.assertEqual(np.abs(y).max(), 0)
     self.assertTrue(np.isfinite(grad).all())
 

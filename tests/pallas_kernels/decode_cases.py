@@ -51,9 +51,9 @@ def matrices(key: jax.Array, shape: Shape, quantised: bool):
 
 def tokens(seed: int, index_MX: np.ndarray, width: int):
   """Random tokens for these choices, and what each choice counts."""
-  keys = jax.random.split(jax.random.key(seed))
-  x_MD = jax.random.normal(keys[0], (len(index_MX), width), jnp.bfloat16)
-  weight_MX = jax.random.uniform(keys[1], index_MX.shape)
+  rng = np.random.default_rng(seed)
+  x_MD = jnp.asarray(rng.standard_normal((len(index_MX), width)), jnp.bfloat16)
+  weight_MX = jnp.asarray(rng.uniform(size=index_MX.shape), jnp.float32)
   return x_MD, jnp.asarray(index_MX, jnp.int32), weight_MX
 
 

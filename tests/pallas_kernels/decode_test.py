@@ -12,11 +12,13 @@ from pallas_kernels.decode import plan as plans
 from tests.pallas_kernels import decode_cases as cases
 
 SHAPE = cases.Shape(experts=6, width=128, hidden=256)
+RUN = jax.jit(pallas_kernels.decode_experts, static_argnames='impl')
+PLAIN = jax.jit(weights.dequantised)
 
 
 def by_token(x_MD, index_MX, weight_MX, *matrices):
   """The specification once more, token by token, in float64."""
-  wi_0, wi_1, wo = (np.float64(weights.dequantised(w)) for w in matrices)
+  wi_0, wi_1, wo = (np.float64(PLAIN(w)) for w in matrices)
   y_MD = np.zeros(x_MD.shape)
   for token, (x_D, chosen, counts) in enumerate(
     zip(np.float64(x_MD), np.asarray(index_MX), np.float64(weight_MX))
@@ -46,7 +48,7 @@ class DecodeTest(parameterized.TestCase):
     args = cases.tokens(3, INDICES[name], SHAPE.width)
     args += cases.matrices(jax.random.key(4), SHAPE, quantised)
     want = by_token(*args)
-    got = pallas_kernels.decode_experts(*args, impl='xla')
+    got = RUN(*args, impl='xla')
     self.assertEqual(got.dtype, jnp.bfloat16)
     self.assertLess(cases.error(got, want), cases.TOLERANCE)
     self.assertLess(cases.error(cases.EXPECTED(*args), want), 1e-5)
@@ -55,7 +57,7 @@ class DecodeTest(parameterized.TestCase):
   def test_a_tpu_makes_codes_plain_by_a_kernel(self, name):
     args = cases.tokens(3, INDICES[name], SHAPE.width)
     args += cases.matrices(jax.random.key(4), SHAPE, True)
-    got = pallas_kernels.decode_experts(*args, impl='mosaic_tpu')
+    got = RUN(*args, impl='mosaic_tpu')
     self.assertLess(cases.error(got, by_token(*args)), cases.TOLERANCE)
     plain = cases.matrices(jax.random.key(4), SHAPE, False)
     with self.assertRaisesRegex(NotImplementedError, 'need no kernel'):
@@ -63,31 +65,34 @@ class DecodeTest(parameterized.TestCase):
 
   @parameterized.parameters('float32', 'bfloat16')
   def test_dequantising(self, dtype):
+    run = jax.jit(
+      pallas_kernels.dequantise,
+      static_argnames=('dtype', 'transposed', 'impl'),
+    )
+    run_some = jax.jit(mosaic_tpu.dequantised, static_argnames='dtype')
+    some = np.array([4, 0, 4])
     for w in cases.matrices(jax.random.key(5), SHAPE, True):
-      want = pallas_kernels.dequantise(w, dtype, impl='xla').swapaxes(1, 2)
+      want = np.float32(run(w, dtype=dtype, impl='xla')).swapaxes(1, 2)
       for impl in ('xla', 'mosaic_tpu'):
-        got = pallas_kernels.dequantise(w, dtype, transposed=True, impl=impl)
+        got = run(w, dtype=dtype, transposed=True, impl=impl)
         self.assertEqual(got.dtype, dtype)
-        np.testing.assert_array_equal(np.float32(got), np.float32(want))
-      some = jnp.array([4, 0, 4])
-      got = mosaic_tpu.dequantised(w, dtype, experts_I=some)
-      want = np.float32(want)[np.asarray(some)]
-      np.testing.assert_array_equal(np.float32(got), want)
+        np.testing.assert_array_equal(np.float32(got), want)
+      got = run_some(w, dtype=dtype, experts_I=some)
+      np.testing.assert_array_equal(np.float32(got), want[some])
       with self.assertRaisesRegex(NotImplementedError, r'gives \[E, N, K\]'):
         pallas_kernels.dequantise(w, dtype, impl='mosaic_tpu')
 
   def test_what_cannot_be_scaled(self):
-    tiny = pallas_kernels.quantise(jnp.full((128, 256), 1e-37))
+    tiny = pallas_kernels.quantise(np.full((128, 256), 1e-37, np.float32))
     np.testing.assert_array_equal(pallas_kernels.dequantise(tiny), 0)
     with self.assertRaisesRegex(ValueError, r'\(100, 128\).*multiples of 128'):
-      pallas_kernels.quantise(jnp.ones((100, 128)))
+      pallas_kernels.quantise(np.ones((100, 128)))
 
   def test_plain_matrices_may_be_float32(self):
     x, index, weight = cases.tokens(3, INDICES['evenly'], SHAPE.width)
     matrices = cases.matrices(jax.random.key(4), SHAPE, False)
-    args = x.astype(jnp.float32), index, weight
-    args += tuple(w.astype(jnp.float32) for w in matrices)
-    got = pallas_kernels.decode_experts(*args)
+    args = np.float32(x), index, weight, *map(np.float32, matrices)
+    got = RUN(*args)
     self.assertEqual(got.dtype, jnp.float32)
     self.assertLess(cases.error(got, by_token(*args)), 1e-5)
 
@@ -153,9 +158,12 @@ class PlanTest(absltest.TestCase):
         np.testing.assert_array_equal(plan.source_P[place], token)
 
   def test_rows_of_nobody_do_not_count(self):
-    plan = plans.make(jnp.array([[0, 5], [5, 5]]), 2, 16)
-    y_PN = jnp.full((16, 4), jnp.nan, jnp.bfloat16).at[0].set(3)
-    got = plans.combine(y_PN, plan, jnp.full((2, 2), 0.5), jnp.float32)
+    make = jax.jit(plans.make, static_argnums=(1, 2))
+    plan = make(np.array([[0, 5], [5, 5]]), 2, 16)
+    y_PN = np.full((16, 4), np.nan, jnp.bfloat16)
+    y_PN[0] = 3
+    combine = jax.jit(plans.combine, static_argnums=3)
+    got = combine(y_PN, plan, np.full((2, 2), 0.5), jnp.float32)
     np.testing.assert_array_equal(got, [[1.5] * 4, [0] * 4])
 
 

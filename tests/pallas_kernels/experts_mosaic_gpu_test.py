@@ -26,11 +26,9 @@ ROW_TILES = tile_tables.RowTiles(rows=(8, 40, 72), stages=2)
 BLOCKS = 4  # two clusters of two
 
 
-def small(name):
-  """One of the backend's products on the smallest tiles."""
-  return functools.partial(
-    getattr(mosaic_gpu, name), align=ALIGN, tiles=ROW_TILES, blocks=BLOCKS
-  )
+def jitted(name, **options):
+  """`small`, of rows aligned as here, as one program."""
+  return jax.jit(functools.partial(small(name), align=ALIGN, **options))
 
 
 class ExpertsMosaicGpuTest(parameterized.TestCase):
@@ -45,97 +43,60 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
 
   @parameterized.parameters(True, False)
   def test_up(self, save):
-    sizes_E = jnp.asarray(self.SIZES, jnp.int32)
-    owner_P, inside_P1, (x_PD,) = row_cases.rows_of(
+    sizes_E = np.asarray(self.SIZES, np.int32)
+    owner_P, _, (x_PD,) = row_cases.rows_of(
       self.SIZES, self.ROWS, (DIM,), ALIGN
     )
-    wi_0, wi_1 = row_cases.matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
+    ws = row_cases.matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
     with hopper_cases.compiled_here():
-      gate, up, act = small('up')(x_PD, wi_0, wi_1, sizes_E, save=save)
-    x = jnp.where(inside_P1, x_PD, 0).astype(jnp.float32)
-    want = [
-      jnp.einsum('pd,pdf->pf', x, w[jnp.minimum(owner_P, 3)].astype(x.dtype))
-      for w in (wi_0, wi_1)
-    ]
-    want = [*want, jax.nn.silu(want[0]) * want[1]]
-    for ours, spec in zip((gate, up, act), want):
+      got = jitted('up', save=save)(x_PD, *ws, sizes_E)
+    want = row_cases.up(x_PD, *ws, owner_P)
+    cleared = slice(self.CLEARED)
+    for ours, spec in zip(got, want, strict=True):
       if ours is not None:
-        self.assert_close(ours[: self.CLEARED], spec[: self.CLEARED])
-    self.assertEqual((gate is None, up is None), (not save, not save))
+        self.assert_close(np.float32(ours)[cleared], spec[cleared])
+    self.assertEqual([z is None for z in got], [not save, not save, False])
 
   def test_up_backward(self):
-    sizes_E = jnp.asarray(self.SIZES, jnp.int32)
-    owner_P, inside_P1, (dgate, dup) = row_cases.rows_of(
+    sizes_E = np.asarray(self.SIZES, np.int32)
+    owner_P, _, dz = row_cases.rows_of(
       self.SIZES, self.ROWS, (HIDDEN, HIDDEN), ALIGN
     )
-    wi_0, wi_1 = row_cases.matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
+    ws = row_cases.matrices(4, (DIM, HIDDEN), (DIM, HIDDEN))
     with hopper_cases.compiled_here():
-      dx = small('up_backward')(dgate, dup, wi_0, wi_1, sizes_E)
-    want = sum(
-      jnp.einsum(
-        'pf,pdf->pd',
-        jnp.where(inside_P1, dz, 0).astype(jnp.float32),
-        w[jnp.minimum(owner_P, 3)].astype(jnp.float32),
-      )
-      for dz, w in ((dgate, wi_0), (dup, wi_1))
-    )
-    self.assert_close(dx[: self.END], want[: self.END])
+      dx = jitted('up_backward')(*dz, *ws, sizes_E)
+    want = row_cases.up_backward(*dz, *ws, owner_P)
+    self.assert_close(np.float32(dx)[: self.END], want[: self.END])
 
   @parameterized.parameters(HIDDEN, 128)
   def test_down_backward(self, hidden):
-    sizes_E = jnp.asarray(self.SIZES, jnp.int32)
+    sizes_E = np.asarray(self.SIZES, np.int32)
     owner_P, inside_P1, (dy, gate, up) = row_cases.rows_of(
       self.SIZES, self.ROWS, (DIM, hidden, hidden), ALIGN
     )
     (wo,) = row_cases.matrices(4, (hidden, DIM))
-    weight_P = jnp.where(
-      inside_P1[:, 0], jax.random.uniform(jax.random.key(0), (self.ROWS,)), 0
-    )
-    gate, up = (jnp.where(inside_P1, z, 0) for z in (gate, up))
+    gate, up = (z.astype(jnp.bfloat16) for z in row_cases.cleared(gate, up))
+    args = dy, wo, gate, up, row_cases.weights(inside_P1)
     with hopper_cases.compiled_here():
-      got = small('down_backward')(dy, wo, gate, up, weight_P, sizes_E)
-    dy, gate, up = (
-      jnp.where(inside_P1, z, 0).astype(jnp.float32) for z in (dy, gate, up)
-    )
-    wo = wo[jnp.minimum(owner_P, 3)].astype(jnp.float32)
-    dact = jnp.einsum('pd,pfd->pf', dy, wo)
-    act, pull = jax.vjp(lambda g, u: jax.nn.silu(g) * u, gate, up)
-    want = (
-      *pull(weight_P[:, None] * dact),
-      weight_P[:, None] * act,
-      (dact * act).sum(1),
-    )
+      got = jitted('down_backward')(*args, sizes_E)
+    want = row_cases.down_backward(*args, owner_P)
     cleared = slice(self.CLEARED)
-    for ours, spec in zip(got, want):
-      self.assert_close(ours[cleared], spec[cleared])
-    outside = ~np.asarray(inside_P1)[cleared, 0]
+    for ours, spec in zip(got, want, strict=True):
+      self.assert_close(np.float32(ours)[cleared], spec[cleared])
+    outside = ~inside_P1[cleared, 0]
     self.assertFalse(np.float32(got[2])[cleared][outside].any())
 
   @parameterized.parameters((23, 0.1), (90, 0.8))
   def test_layer_and_derivative(self, tokens, elsewhere):
-    experts, top_k = 5, 2
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (tokens, DIM)).astype(jnp.bfloat16)
-    # Expert 3 gets nothing; index 5 is of no expert here.
-    index = jax.random.choice(
-      keys[1],
-      jnp.asarray([0, 1, 2, 4, 5]),
-      (tokens, top_k),
-      p=jnp.asarray([*[(1 - elsewhere) / 4] * 4, elsewhere]),
-    )
-    weight = jax.random.uniform(keys[2], (tokens, top_k))
-    dy = jax.random.normal(keys[3], (tokens, DIM)).astype(jnp.bfloat16)
-    ws = row_cases.matrices(
-      experts, (DIM, HIDDEN), (DIM, HIDDEN), (HIDDEN, DIM)
-    )
+    given = row_cases.layer(tokens, DIM, HIDDEN, elsewhere)
     tiny = vjp.Backend(
       alignment=mosaic_gpu.BACKEND.alignment,
       clear=mosaic_gpu.BACKEND.clear,
       rows=mosaic_gpu.BACKEND.rows,
-      up=small_keywords('up'),
-      down=small_keywords('down'),
-      down_backward=small_keywords('down_backward'),
-      up_backward=small_keywords('up_backward'),
+      up=small('up'),
+      down=small('down'),
+      down_backward=small('down_backward'),
+      up_backward=small('up_backward'),
       weight_gradient=functools.partial(
         mosaic_gpu.BACKEND.weight_gradient,
         tiles=tile_tables.Tiles(columns=128, stages=2, band=2),
@@ -143,22 +104,17 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
       ),
     )
 
-    def run(layer):
-      y, pull = jax.vjp(
-        lambda x, weight, *ws: layer(x, index, weight, *ws), x, weight, *ws
-      )
-      return y, *pull(dy.astype(y.dtype))
-
+    ours = functools.partial(vjp.experts, tiny, 'xla', None, None)
     moves = xla.MOVES._replace(gather=gather_and_poison)
     with (
       hopper_cases.compiled_here(),
       mock.patch.dict(permute.MOVES, {'xla': moves}),
     ):
-      got = run(functools.partial(vjp.experts, tiny, 'xla', None, None))
+      got = row_cases.layer_with_gradients(ours, *given)
     with jax.default_matmul_precision('highest'):
-      want = run(ref.experts)
-    for ours, spec in zip(got, want):
-      self.assert_close(ours, spec)
+      want = row_cases.layer_with_gradients(ref.experts, *given)
+    for found, spec in zip(got, want, strict=True):
+      self.assert_close(found, spec)
 
   @parameterized.parameters(
     'up', 'looked_up', 'down', 'down_backward', 'up_backward'
@@ -305,7 +261,8 @@ def gather_and_poison(x_MD, plan, clear):
   return jnp.where((jnp.arange(len(x_PD)) < end)[:, None], x_PD, jnp.nan)
 
 
-def small_keywords(name):
+def small(name):
+  """One of the backend's products on the smallest tiles."""
   return functools.partial(
     getattr(mosaic_gpu, name), tiles=ROW_TILES, blocks=BLOCKS
   )

@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 import pallas_kernels
 from pallas_kernels.experts import ref
 from pallas_kernels.gmm import api as gmm
+from tests.pallas_kernels import row_cases
 
 FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-2  # in norm: bfloat16 results of bfloat16 values
@@ -18,28 +19,16 @@ TOKENS, EXPERTS, TOP_K = 37, 5, 3
 
 def operands(dim, hidden, dtype):
   """A routing with an expert that has nothing, and a choice of no expert."""
-  keys = jax.random.split(jax.random.key(dim), 6)
-  index_MX = jax.random.choice(
-    keys[0], jnp.asarray([0, 1, 2, 4, EXPERTS, -1]), (TOKENS, TOP_K)
-  )
-  weight_MX = jax.random.uniform(keys[1], (TOKENS, TOP_K))
+  rng = np.random.default_rng(dim)
+  index_MX = rng.choice([0, 1, 2, 4, EXPERTS, -1], (TOKENS, TOP_K))
+  weight_MX = np.float32(rng.uniform(size=index_MX.shape))
 
-  def normal(key, *shape):
-    return (jax.random.normal(key, shape) / 8).astype(dtype)
+  def normal(shape, scale=1.0):
+    return jnp.asarray(rng.standard_normal(shape) * scale, dtype)
 
-  matrices = (
-    normal(keys[2], EXPERTS, dim, hidden),
-    normal(keys[3], EXPERTS, dim, hidden),
-    normal(keys[4], EXPERTS, hidden, dim),
-  )
-  return 8 * normal(keys[5], TOKENS, dim), index_MX, weight_MX, *matrices
-
-
-def with_gradients(layer, x, index, weight, *matrices):
-  y, pull = jax.vjp(
-    lambda x, weight, *ws: layer(x, index, weight, *ws), x, weight, *matrices
-  )
-  return y, *pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+  wide, tall = (EXPERTS, dim, hidden), (EXPERTS, hidden, dim)
+  matrices = (normal(shape, 1 / 8) for shape in (wide, wide, tall))
+  return normal((TOKENS, dim)), index_MX, weight_MX, *matrices
 
 
 class ExpertsTest(parameterized.TestCase):
@@ -52,20 +41,19 @@ class ExpertsTest(parameterized.TestCase):
     args = operands(dim, hidden, dtype)
     layer = functools.partial(pallas_kernels.experts, impl=impl)
     with jax.default_matmul_precision('highest'):
-      got = with_gradients(layer, *args)
-      want = with_gradients(ref.experts, *args)
+      got = row_cases.layer_with_gradients(layer, *args)
+      want = row_cases.layer_with_gradients(ref.experts, *args)
     names = 'y', 'x', 'weight', 'wi_0', 'wi_1', 'wo'
     for name, ours, spec in zip(names, got, want, strict=True):
-      ours, spec = np.float64(ours), np.float64(spec)
-      error = np.linalg.norm(ours - spec) / np.linalg.norm(spec)
-      self.assertLess(error, tolerance, name)
-    turned = [w.swapaxes(1, 2) for w in args[3:]]
-    y = layer(*args[:3], *turned, transposed=True)
+      row_cases.assert_close(self, ours, spec, tolerance, name)
+    turned = [np.asarray(w).swapaxes(1, 2) for w in args[3:]]
+    layer = jax.jit(functools.partial(layer, transposed=True))
+    y = layer(*args[:3], *turned)
     np.testing.assert_array_equal(np.float32(y), np.float32(got[0]))
 
   def test_split_experts_are_not_transposed(self):
     x, index, weight, *matrices = operands(24, 40, 'float32')
-    turned = [w.swapaxes(1, 2) for w in matrices]
+    turned = [np.asarray(w).swapaxes(1, 2) for w in matrices]
     with self.assertRaisesRegex(ValueError, "axis='expert'"):
       pallas_kernels.experts(
         x, index, weight, *turned, transposed=True, axis='expert'
@@ -73,37 +61,41 @@ class ExpertsTest(parameterized.TestCase):
 
   def test_without_a_choice_here_nothing_comes_out(self):
     x, index, *rest = operands(128, 128, 'float32')
-    y = pallas_kernels.experts(x, jnp.full_like(index, EXPERTS), *rest)
+    layer = jax.jit(pallas_kernels.experts)
+    y = layer(x, np.full_like(index, EXPERTS), *rest)
     self.assertFalse(np.asarray(y).any())
 
   @parameterized.parameters((0, 3), (4, 0))
   def test_nothing_to_do_gives_nothing(self, tokens, choices):
     x_MD, _, _, *matrices = operands(8, 16, jnp.float32)
-    x_MD = x_MD[:tokens]
-    index_MX = jnp.zeros((tokens, choices), jnp.int32)
-    weight_MX = jnp.zeros((tokens, choices))
+    x_MD = np.asarray(x_MD)[:tokens]
+    index_MX = np.zeros((tokens, choices), np.int32)
+    weight_MX = np.zeros((tokens, choices), np.float32)
     for layer in (pallas_kernels.experts, pallas_kernels.decode_experts):
       y_MD = layer(x_MD, index_MX, weight_MX, *matrices)
-      np.testing.assert_array_equal(y_MD, jnp.zeros((tokens, 8)))
+      np.testing.assert_array_equal(y_MD, np.zeros((tokens, 8)))
     rows = pallas_kernels.permute(x_MD, index_MX, EXPERTS, align=8)
     back_MD = pallas_kernels.unpermute(rows.x_PD, rows, weight_MX)
     self.assertEqual(back_MD.shape, x_MD.shape)
     self.assertFalse(rows.sizes_G.any() or rows.x_PD.any())
 
   def test_no_rows_keys_or_scores(self):
-    none_MK, sizes_G = jnp.zeros((0, 8)), jnp.zeros(2, jnp.int32)
-    y_MN = pallas_kernels.grouped_matmul(none_MK, jnp.ones((2, 8, 4)), sizes_G)
+    def ones(*shape):
+      return np.ones(shape, np.float32)
+
+    none_MK, sizes_G = ones(0, 8), np.zeros(2, np.int32)
+    y_MN = pallas_kernels.grouped_matmul(none_MK, ones(2, 8, 4), sizes_G)
     self.assertEqual(y_MN.shape, (0, 4))
-    dw_GKN = gmm.weight_gradient(none_MK, jnp.ones((0, 4)), sizes_G)
-    np.testing.assert_array_equal(dw_GKN, jnp.zeros((2, 8, 4)))
-    routing = pallas_kernels.route(jnp.zeros((0, 8)), jnp.zeros(8), top_k=2)
+    dw_GKN = gmm.weight_gradient(none_MK, ones(0, 4), sizes_G)
+    np.testing.assert_array_equal(dw_GKN, np.zeros((2, 8, 4)))
+    routing = pallas_kernels.route(none_MK, np.zeros(8, np.float32), top_k=2)
     self.assertEqual(routing.index_MX.shape, (0, 2))
     for queries, keys in ((0, 3), (3, 0)):
-      q_BTNH, k_BSKH = jnp.ones((2, queries, 4, 8)), jnp.ones((2, keys, 2, 8))
+      q_BTNH, k_BSKH = ones(2, queries, 4, 8), ones(2, keys, 2, 8)
       y_BTNH = pallas_kernels.attention(
-        q_BTNH, k_BSKH, k_BSKH, jnp.ones((2, keys), jnp.int32), scale=1.0
+        q_BTNH, k_BSKH, k_BSKH, np.ones((2, keys), np.int32), scale=1.0
       )
-      np.testing.assert_array_equal(y_BTNH, jnp.zeros_like(q_BTNH))
+      np.testing.assert_array_equal(y_BTNH, np.zeros_like(q_BTNH))
 
   def test_a_backend_by_name_refuses_and_says_why(self):
     args = operands(128, 128, 'bfloat16')

@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 import pallas_kernels
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.gmm import api, layout, mosaic_gpu, ref, vjp
-from tests.pallas_kernels import hopper_cases, row_cases
+from tests.pallas_kernels import hopper_cases, programs, row_cases
 
 BF16_TOLERANCE = 5e-3  # in norm: one rounding of the result
 FP32_TOLERANCE = 1e-5
@@ -32,20 +32,14 @@ def backend(tiles=TILES, blocks=BLOCKS, rows=ROW_TILES):
   )
 
 
-def expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, align):
+def expected(x_MK, w_GKN, sizes_G, dy_MN, align):
   """y, dx and dw in float32 by the specification."""
-  x_MK, dy_MN = (
-    jnp.where(inside_M1, z, 0).astype(jnp.float32) for z in (x_MK, dy_MN)
+  x_MK, w_GKN, dy_MN = row_cases.cleared(x_MK, w_GKN, dy_MN)
+  spec = functools.partial(
+    ref.grouped_matmul, align=align, out_dtype=jnp.float32
   )
-
-  def spec(x_MK, w_GKN):
-    return ref.grouped_matmul(
-      x_MK, w_GKN, sizes_G, align=align, out_dtype=jnp.float32
-    )
-
   with jax.default_matmul_precision('highest'):
-    y_MN, pull = jax.vjp(spec, x_MK, w_GKN.astype(jnp.float32))
-    return y_MN, *pull(dy_MN)
+    return programs.with_gradients(spec, (x_MK, w_GKN), dy_MN, sizes_G)
 
 
 class MosaicGpuTest(parameterized.TestCase):
@@ -55,46 +49,48 @@ class MosaicGpuTest(parameterized.TestCase):
     x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
       sizes, align, rows, 128, 128
     )
+    product = functools.partial(
+      vjp.grouped_matmul, backend(), align=align, out_dtype=x_MK.dtype
+    )
     with hopper_cases.compiled_here():
-      y_MN, pull = jax.vjp(
-        lambda x, w: vjp.grouped_matmul(
-          backend(), x, w, sizes_G, align=align, out_dtype=x.dtype
-        ),
-        x_MK,
-        w_GKN,
-      )
-      got = y_MN, *pull(dy_MN)
-    want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, align)
+      got = programs.with_gradients(product, (x_MK, w_GKN), dy_MN, sizes_G)
+    want = expected(x_MK, w_GKN, sizes_G, dy_MN, align)
     for ours, spec in zip(got, want):
       self.assertEqual(ours.dtype, jnp.bfloat16)
       row_cases.assert_close(self, ours, spec, BF16_TOLERANCE)
-    self.assertFalse(np.float32(y_MN)[~np.asarray(inside_M1)[:, 0]].any())
+    self.assertFalse(np.float32(got[0])[~inside_M1[:, 0]].any())
     self.assertFalse(np.float32(got[2])[np.asarray(sizes) == 0].any())
 
   def test_groups_may_start_anywhere(self):
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
+    x_MK, w_GKN, sizes_G, dy_MN, _ = row_cases.operands(
       [7, 0, 1], 1, 9, 128, 128
     )
+    product = functools.partial(
+      vjp.grouped_matmul, backend(), align=1, out_dtype=x_MK.dtype
+    )
     with hopper_cases.compiled_here():
-      y_MN = vjp.grouped_matmul(
-        backend(), x_MK, w_GKN, sizes_G, align=1, out_dtype=x_MK.dtype
-      )
-    want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, 1)
+      y_MN = jax.jit(product)(x_MK, w_GKN, sizes_G)
+    want = expected(x_MK, w_GKN, sizes_G, dy_MN, 1)
     row_cases.assert_close(self, y_MN, want[0], BF16_TOLERANCE)
 
   def test_shared_copies_and_float32_results(self):
     sizes, rows = [5, 66], 80
     tiles = tile_tables.Tiles(columns=128, stages=2, cluster=2, staging=3)
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
+    x_MK, w_GKN, sizes_G, dy_MN, _ = row_cases.operands(
       sizes, 8, rows, 256, 128
     )
     rows_of = tile_tables.RowTiles(rows=(16, 40), stages=2, staging=3)
     ours = backend(tiles, 2 * BLOCKS, rows_of)
     options = {'align': 8, 'out_dtype': jnp.float32}
+
+    @jax.jit
+    def run(x, w, sizes, dy):
+      y = ours.product(x, w, sizes, transpose=False, **options)
+      return y, ours.weight_gradient(x, dy, sizes, **options)
+
     with hopper_cases.compiled_here():
-      y_MN = ours.product(x_MK, w_GKN, sizes_G, transpose=False, **options)
-      dw_GKN = ours.weight_gradient(x_MK, dy_MN, sizes_G, **options)
-    want = expected(x_MK, w_GKN, sizes_G, dy_MN, inside_M1, 8)
+      y_MN, dw_GKN = run(x_MK, w_GKN, sizes_G, dy_MN)
+    want = expected(x_MK, w_GKN, sizes_G, dy_MN, 8)
     row_cases.assert_close(self, y_MN, want[0], FP32_TOLERANCE)
     row_cases.assert_close(self, dw_GKN, want[2], FP32_TOLERANCE)
 
@@ -204,7 +200,6 @@ class SegmentsTest(absltest.TestCase):
     rng = np.random.default_rng(0)
     groups, rows, most = 6, 1024, 40
     plan_of = jax.jit(layout.segments, static_argnums=(1, 2, 3, 4, 5))
-    owner_of = jax.jit(ref.group_of_rows, static_argnums=(1, 2))
     for trial in range(60):
       align, members = (8, 64)[trial % 2], 1 + trial % 3
       law = rng.dirichlet([0.3] * groups)
@@ -223,7 +218,7 @@ class SegmentsTest(absltest.TestCase):
       end = (-(-sizes // align) * align).sum()
       last = rows if clear is None else end + clear
       np.testing.assert_array_equal(writes, np.arange(rows) < last)
-      np.testing.assert_array_equal(owner, owner_of(sizes, rows, align))
+      np.testing.assert_array_equal(owner, row_cases.OWNERS(sizes, rows, align))
 
 
 if __name__ == '__main__':

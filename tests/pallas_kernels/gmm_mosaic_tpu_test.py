@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
 from pallas_kernels import tiles_tpu
-from pallas_kernels.gmm import mosaic_tpu, ref, stream_tpu, vjp, xla
-from tests.pallas_kernels import row_cases
+from pallas_kernels.gmm import mosaic_tpu, stream_tpu, vjp, xla
+from tests.pallas_kernels import programs, row_cases
 
 BF16_TOLERANCE = 5e-3  # in norm: one rounding of the result
 FP32_TOLERANCE = 1e-5
@@ -42,14 +42,10 @@ def backend(tiles=TILES, on=None):
 
 def both(ours, x_MK, w_GKN, sizes_G, dy_MN, align, out_dtype=jnp.bfloat16):
   """y, dx and dw of a backend."""
-  y_MN, pull = jax.vjp(
-    lambda x, w: vjp.grouped_matmul(
-      ours, x, w, sizes_G, align=align, out_dtype=out_dtype
-    ),
-    x_MK,
-    w_GKN,
+  product = functools.partial(
+    vjp.grouped_matmul, ours, align=align, out_dtype=out_dtype
   )
-  return y_MN, *pull(dy_MN.astype(out_dtype))
+  return programs.with_gradients(product, (x_MK, w_GKN), dy_MN, sizes_G)
 
 
 class MosaicTpuTest(parameterized.TestCase):
@@ -68,22 +64,14 @@ class MosaicTpuTest(parameterized.TestCase):
     x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
       sizes, align, rows, 128, 256
     )
-    args = x_MK, w_GKN, sizes_G, dy_MN
-    got = both(backend(), *args, align)
-    x_MK, dy_MN = (jnp.where(inside_M1, z, 0) for z in (x_MK, dy_MN))
+    got = both(backend(), x_MK, w_GKN, sizes_G, dy_MN, align)
+    x_MK, w_GKN, dy_MN = row_cases.cleared(x_MK, w_GKN, dy_MN)
     with jax.default_matmul_precision('highest'):
-      want = both(
-        xla.BACKEND,
-        *(z.astype(jnp.float32) for z in (x_MK, w_GKN)),
-        sizes_G,
-        dy_MN,
-        align,
-        jnp.float32,
-      )
+      want = both(xla.BACKEND, x_MK, w_GKN, sizes_G, dy_MN, align, jnp.float32)
     for ours, spec in zip(got, want):
       self.assertEqual(ours.dtype, jnp.bfloat16)
       self.assert_close(ours, spec, BF16_TOLERANCE)
-    outside_M = ~np.asarray(inside_M1)[:, 0]
+    outside_M = ~inside_M1[:, 0]
     self.assertFalse(np.float32(got[0])[outside_M].any())
     self.assertFalse(np.float32(got[1])[outside_M].any())
     self.assertFalse(np.float32(got[2])[np.asarray(sizes) == 0].any())
@@ -93,7 +81,9 @@ class MosaicTpuTest(parameterized.TestCase):
       [7, 0, 1], 1, 9, 128, 128
     )
     got = both(backend(), x_MK, w_GKN, sizes_G, dy_MN, 1)
-    dy_MN, x_MK = (jnp.nan_to_num(z) for z in (dy_MN, x_MK))
+    x_MK, w_GKN, dy_MN = (
+      z.astype(jnp.bfloat16) for z in row_cases.cleared(x_MK, w_GKN, dy_MN)
+    )
     want = both(xla.BACKEND, x_MK, w_GKN, sizes_G, dy_MN, 1)
     for ours, spec in zip(got, want):
       self.assert_close(ours, spec, BF16_TOLERANCE)
@@ -103,52 +93,61 @@ class MosaicTpuTest(parameterized.TestCase):
     # False: the other interpreter, which a forced backend on a CPU takes.
     on = chip(2) if simulated else chip(1, True)
     tiles = tiles_tpu.Tiles(rows=32, chunk=16, rest=16, stages=3, columns=128)
-    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
+    x_MK, w_GKN, sizes_G, dy_MN, _ = row_cases.operands(
       [5, 66], 16, 96, 256, 256
     )
     ours = backend(tiles, on)
     options = {'align': 16, 'out_dtype': jnp.float32}
-    y_MN = ours.product(x_MK, w_GKN, sizes_G, transpose=False, **options)
-    dx_MK = ours.product(dy_MN, w_GKN, sizes_G, transpose=True, **options)
-    dw_GKN = ours.weight_gradient(x_MK, dy_MN, sizes_G, **options)
-    x_MK, w_GKN, dy_MN = (
-      z.astype(jnp.float32)
-      for z in (
-        jnp.where(inside_M1, x_MK, 0),
-        w_GKN,
-        jnp.where(inside_M1, dy_MN, 0),
+
+    @jax.jit
+    def run(x, w, sizes, dy):
+      return (
+        ours.product(x, w, sizes, transpose=False, **options),
+        ours.product(dy, w, sizes, transpose=True, **options),
+        ours.weight_gradient(x, dy, sizes, **options),
       )
-    )
+
+    got = run(x_MK, w_GKN, sizes_G, dy_MN)
+    x_MK, w_GKN, dy_MN = row_cases.cleared(x_MK, w_GKN, dy_MN)
     with jax.default_matmul_precision('highest'):
       want = both(xla.BACKEND, x_MK, w_GKN, sizes_G, dy_MN, 16, jnp.float32)
-    for found, spec in zip((y_MN, dx_MK, dw_GKN), want):
+    for found, spec in zip(got, want):
       self.assertEqual(found.dtype, jnp.float32)
       self.assert_close(found, spec, FP32_TOLERANCE)
 
   def test_no_races_and_bitwise_equal_runs(self):
-    args = row_cases.operands([3, 0, 50, 1], 16, 112, 128, 128)[:-1]
+    x_MK, w_GKN, sizes_G, dy_MN, _ = row_cases.operands(
+      [3, 0, 50, 1], 16, 112, 128, 128
+    )
+    options = {'align': 16, 'out_dtype': jnp.bfloat16}
     runs = []
     for seed in (0, 1):
       params = pltpu.InterpretParams(
         num_cores_or_threads=2, detect_races=True, random_seed=seed
       )
       ours = backend(on=chip(2, params))
-      runs.append(both(ours, *args, 16))
-      jax.block_until_ready(runs)
-      self.assertFalse(races_found())
-    for first, second in zip(*runs):
-      np.testing.assert_array_equal(np.float32(first), np.float32(second))
+      plain = functools.partial(ours.product, transpose=False)
+      transposed = functools.partial(ours.product, transpose=True)
+      # One at a time: races are forgotten when the next kernel begins.
+      runs.append([])
+      for kernel, a, b in (
+        (plain, x_MK, w_GKN),
+        (transposed, dy_MN, w_GKN),
+        (ours.weight_gradient, x_MK, dy_MN),
+      ):
+        found = jax.jit(functools.partial(kernel, **options))(a, b, sizes_G)
+        runs[-1].append(np.float32(found))
+        self.assertFalse(races_found())
+    jax.tree.map(np.testing.assert_array_equal, *runs)
 
   def test_forced_on_a_cpu_it_is_interpreted(self):
-    x_MK, w_GKN, sizes_G, _, inside_M1 = row_cases.operands(
-      [7, 4], 16, 32, 128, 128
+    x_MK, w_GKN, sizes_G, *_ = row_cases.operands([7, 4], 16, 32, 128, 128)
+    product = jax.jit(
+      pallas_kernels.grouped_matmul, static_argnames=('align', 'impl')
     )
-    y_MN = pallas_kernels.grouped_matmul(
-      x_MK, w_GKN, sizes_G, align=16, impl='mosaic_tpu'
-    )
-    want = pallas_kernels.grouped_matmul(
-      jnp.where(inside_M1, x_MK, 0), w_GKN, sizes_G, align=16, impl='xla'
-    )
+    y_MN = product(x_MK, w_GKN, sizes_G, align=16, impl='mosaic_tpu')
+    x_MK, w_GKN = row_cases.cleared(x_MK, w_GKN)
+    want = product(x_MK, w_GKN, sizes_G, align=16, impl='xla')
     self.assert_close(y_MN, want, BF16_TOLERANCE)
 
   def test_keeps_the_axes_over_which_operands_differ(self):
@@ -200,7 +199,6 @@ class PlanTest(parameterized.TestCase):
     rng = np.random.default_rng(cores)
     groups, rows, tile = 6, 1024, 128
     plan_of = jax.jit(stream_tpu.plan, static_argnums=(1, 2, 3, 4))
-    owner_of = jax.jit(ref.group_of_rows, static_argnums=(1, 2))
     for trial in range(40):
       align = (16, 64)[trial % 2]
       law = rng.dirichlet([0.3] * groups)
@@ -219,14 +217,13 @@ class PlanTest(parameterized.TestCase):
             held = plan.turn_T[t], plan.next_T[t], group
           self.assertEqual(held, (plan.turn_T[t], plan.next_T[t], group))
       np.testing.assert_array_equal(writes, 1)
-      np.testing.assert_array_equal(owner, owner_of(sizes, rows, align))
+      np.testing.assert_array_equal(owner, row_cases.OWNERS(sizes, rows, align))
 
   @parameterized.parameters(1, 2)
   def test_gradients_visit_every_group_on_one_core(self, cores):
     rng = np.random.default_rng(cores)
     groups, rows, tile, align = 6, 1024, 128, 16
     plan_of = jax.jit(mosaic_tpu.gradient_plan, static_argnums=(1, 2, 3, 4))
-    owner_of = jax.jit(ref.group_of_rows, static_argnums=(1, 2))
     for _ in range(40):
       law = rng.dirichlet([0.3] * groups)
       sizes = rng.multinomial(int(rng.integers(0, 600)), law)
@@ -238,7 +235,7 @@ class PlanTest(parameterized.TestCase):
           self.assertEqual(where.setdefault(group, core), core)
           owner[row : row + plan.valid_T[t]] = group
       self.assertLen(where, groups)
-      np.testing.assert_array_equal(owner, owner_of(sizes, rows, align))
+      np.testing.assert_array_equal(owner, row_cases.OWNERS(sizes, rows, align))
 
 
 class TilesTpuTest(absltest.TestCase):

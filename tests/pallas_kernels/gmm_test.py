@@ -1,5 +1,7 @@
 """Grouped products against the specification, any skew, both derivatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +9,19 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from pallas_kernels.gmm import api, ref, xla
+from tests.pallas_kernels import programs
 
 FP32_TOLERANCE = 1e-5  # relative to the largest value
 BF16_TOLERANCE = 1e-2
 
 
-def case(seed, sizes, align, rows, width=12, out=7, dtype=jnp.float32):
-  keys = jax.random.split(jax.random.key(seed), 3)
-  x_MK = jax.random.normal(keys[0], (rows, width)).astype(dtype)
-  w_GKN = jax.random.normal(keys[1], (len(sizes), width, out)).astype(dtype)
-  dy_MN = jax.random.normal(keys[2], (rows, out)).astype(dtype)
-  return x_MK, w_GKN, jnp.asarray(sizes, jnp.int32), dy_MN
+def case(seed, sizes, rows, width=12, out=7, dtype=jnp.float32):
+  rng = np.random.default_rng(seed)
+  x_MK, w_GKN, dy_MN = (
+    rng.standard_normal(shape).astype(dtype)
+    for shape in ((rows, width), (len(sizes), width, out), (rows, out))
+  )
+  return x_MK, w_GKN, np.asarray(sizes, np.int32), dy_MN
 
 
 def assert_close(test, got, want, tolerance):
@@ -39,41 +43,35 @@ class GroupedMatmulTest(parameterized.TestCase):
     ('many_groups', [1, 0, 2, 3] * 16, 1, 100),
   )
   def test_equals_specification(self, sizes, align, rows):
+    ours = functools.partial(pallas_kernels.grouped_matmul, align=align)
+    spec = functools.partial(
+      ref.grouped_matmul, align=align, out_dtype=jnp.float32
+    )
     for dtype, tolerance in (
       (jnp.float32, FP32_TOLERANCE),
       (jnp.bfloat16, BF16_TOLERANCE),
     ):
-      x_MK, w_GKN, sizes_G, dy_MN = case(rows, sizes, align, rows, dtype=dtype)
-
-      def ours(x, w, sizes_G=sizes_G):
-        return pallas_kernels.grouped_matmul(x, w, sizes_G, align=align)
-
-      def spec(x, w, sizes_G=sizes_G):
-        return ref.grouped_matmul(x, w, sizes_G, align=align, out_dtype=x.dtype)
-
-      y_MN, pull = jax.vjp(ours, x_MK, w_GKN)
-      f32 = (x_MK.astype(jnp.float32), w_GKN.astype(jnp.float32))
-      want_MN, want_pull = jax.vjp(spec, *f32)
-      assert_close(self, y_MN, want_MN, tolerance)
-      self.assertEqual(y_MN.dtype, dtype)
+      x_MK, w_GKN, sizes_G, dy_MN = case(rows, sizes, rows, dtype=dtype)
+      got = programs.with_gradients(ours, (x_MK, w_GKN), dy_MN, sizes_G)
+      self.assertEqual(got[0].dtype, dtype)
+      x_MK, w_GKN, dy_MN = (z.astype(np.float32) for z in (x_MK, w_GKN, dy_MN))
+      want = programs.with_gradients(spec, (x_MK, w_GKN), dy_MN, sizes_G)
       # The gradient only flows through rows that belong to a group.
-      for got, want in zip(pull(dy_MN), want_pull(dy_MN.astype(jnp.float32))):
-        assert_close(self, got, want, tolerance)
+      for found, wanted in zip(got, want, strict=True):
+        assert_close(self, found, wanted, tolerance)
 
   def test_random_skews(self):
     rng = np.random.default_rng(0)
+    ours = jax.jit(pallas_kernels.grouped_matmul)
+    spec = jax.jit(functools.partial(ref.grouped_matmul, out_dtype='float32'))
     for seed in range(20):
       groups = int(rng.integers(1, 9))
       sizes = rng.multinomial(50, rng.dirichlet([0.2] * groups))
-      x_MK, w_GKN, sizes_G, _ = case(seed, sizes, 1, 53)
-      got = pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G)
-      want = ref.grouped_matmul(
-        x_MK, w_GKN, sizes_G, align=1, out_dtype=jnp.float32
-      )
-      assert_close(self, got, want, FP32_TOLERANCE)
+      *args, _ = case(seed, sizes, 53)
+      assert_close(self, ours(*args), spec(*args), FP32_TOLERANCE)
 
   def test_work_is_that_of_the_rows(self):
-    x_MK, w_GKN, sizes_G, _ = case(0, [64] * 16, 1, 1024, 64, 64)
+    x_MK, w_GKN, sizes_G, _ = case(0, [64] * 16, 1024, 64, 64)
     cost = (
       jax.jit(pallas_kernels.grouped_matmul)
       .lower(x_MK, w_GKN, sizes_G)
@@ -84,7 +82,7 @@ class GroupedMatmulTest(parameterized.TestCase):
     self.assertLess(cost['flops'], 2 * useful)  # dense would be 16 times
 
   def test_bad_input_is_named(self):
-    x_MK, w_GKN, sizes_G, _ = case(0, [2, 2], 1, 4)
+    x_MK, w_GKN, sizes_G, _ = case(0, [2, 2], 4)
     with self.assertRaisesRegex(ValueError, 'do not contract'):
       pallas_kernels.grouped_matmul(x_MK[:, :3], w_GKN, sizes_G)
     with self.assertRaisesRegex(ValueError, 'one entry for each'):
@@ -97,16 +95,13 @@ class GroupedMatmulTest(parameterized.TestCase):
       pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, impl='triton')
 
   def test_weight_gradient_in_float32(self):
-    x_MK, w_GKN, sizes_G, dy_MN = case(3, [4, 0, 6], 1, 13, dtype=jnp.bfloat16)
-    dw_GKN = api.weight_gradient(x_MK, dy_MN, sizes_G, out_dtype=jnp.float32)
-    x_MK, w_GKN, dy_MN = (z.astype(jnp.float32) for z in (x_MK, w_GKN, dy_MN))
-    _, pull = jax.vjp(
-      lambda w: ref.grouped_matmul(
-        x_MK, w, sizes_G, align=1, out_dtype=jnp.float32
-      ),
-      w_GKN,
-    )
-    assert_close(self, dw_GKN, pull(dy_MN)[0], FP32_TOLERANCE)
+    x_MK, w_GKN, sizes_G, dy_MN = case(3, [4, 0, 6], 13, dtype=jnp.bfloat16)
+    ours = functools.partial(api.weight_gradient, out_dtype=jnp.float32)
+    dw_GKN = jax.jit(ours)(x_MK, dy_MN, sizes_G)
+    spec = functools.partial(ref.grouped_matmul, out_dtype=jnp.float32)
+    f32 = x_MK.astype(np.float32), w_GKN.astype(np.float32)
+    *_, want_GKN = programs.with_gradients(spec, f32, dy_MN, sizes_G)
+    assert_close(self, dw_GKN, want_GKN, FP32_TOLERANCE)
     with self.assertRaisesRegex(ValueError, 'do not contract'):
       api.weight_gradient(x_MK, dy_MN[:5], sizes_G)
 

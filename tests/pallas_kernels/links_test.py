@@ -19,7 +19,7 @@ import pallas_kernels
 from pallas_kernels.experts import ref
 from pallas_kernels.links import mosaic_gpu, xla
 from pallas_kernels.permute import api as permute
-from tests.pallas_kernels import experts_test, hopper_cases
+from tests.pallas_kernels import experts_test, hopper_cases, row_cases
 
 GPU = jax.default_backend() == 'gpu'
 SPEC = jax.P('expert')
@@ -48,17 +48,20 @@ def spread(run, where, *, check=True):
   )
 
 
-def rows_and_plan(tokens: int, devices: int, width: int, dtype, groups=5):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def rows_and_plan(tokens: int, devices: int, width: int, dtype):
   """What each device has of rows and places of all tokens, stacked."""
-  keys = jax.random.split(jax.random.key(tokens), 3 * devices)
-  found = []
-  for own in range(devices):
-    index_MX = jax.random.randint(keys[3 * own], (devices * tokens, 3), -2, 8)
-    plan = permute.plan(index_MX, groups, align=8, impl='xla')
-    y_PD = jax.random.normal(keys[3 * own + 1], (len(plan.source_P), width))
-    weight_MX = jax.random.uniform(keys[3 * own + 2], index_MX.shape)
-    found.append((y_PD.astype(dtype), plan, weight_MX))
-  return jax.tree.map(lambda *z: jnp.concatenate(z), *found)
+
+  def one(key):
+    keys = jax.random.split(key, 3)
+    index_MX = jax.random.randint(keys[0], (devices * tokens, 3), -2, 8)
+    plan = permute.plan(index_MX, 5, align=8, impl='xla')
+    y_PD = jax.random.normal(keys[1], (len(plan.source_P), width))
+    weight_MX = jax.random.uniform(keys[2], index_MX.shape)
+    return y_PD.astype(dtype), plan, weight_MX
+
+  found = jax.vmap(one)(jax.random.split(jax.random.key(tokens), devices))
+  return jax.tree.map(lambda z: z.reshape(-1, *z.shape[2:]), found)
 
 
 class SplitTest(parameterized.TestCase):
@@ -76,29 +79,27 @@ class SplitTest(parameterized.TestCase):
 
   def check(self, impl, devices):
     width, hidden, dtype, tolerance = LAYERS[impl]
-    keys = jax.random.split(jax.random.key(devices), 6)
+    rng = np.random.default_rng(devices)
     tokens, experts = devices * TOKENS, 3 * devices
     # Expert 1 has nothing, and -1 and `experts` are none.
-    index = jax.random.randint(keys[0], (tokens, 3), -1, experts + 1)
-    index = jnp.where(index == 1, 2, index)
-    weight = jax.random.uniform(keys[1], index.shape)
+    index = rng.integers(-1, experts + 1, (tokens, 3))
+    index = np.where(index == 1, 2, index)
+    weight = np.float32(rng.uniform(size=index.shape))
     wide, tall = (experts, width, hidden), (experts, hidden, width)
     shapes = (tokens, width), wide, wide, tall
     x, *ws = (
-      (jax.random.normal(key, shape) / 4).astype(dtype)
-      for key, shape in zip(keys[2:], shapes)
+      jnp.asarray(rng.standard_normal(shape) / 4, dtype) for shape in shapes
     )
     layer = functools.partial(pallas_kernels.experts, axis='expert', impl=impl)
     # Pallas' interpreter does not know on which axes its values differ.
     layer = spread(layer, mesh(devices), check=impl != 'mosaic_tpu')
     with jax.default_matmul_precision('highest'):
-      got = experts_test.with_gradients(layer, x, index, weight, *ws)
-      want = experts_test.with_gradients(ref.experts, x, index, weight, *ws)
+      args = x, index, weight, *ws
+      got = row_cases.layer_with_gradients(layer, *args)
+      want = row_cases.layer_with_gradients(ref.experts, *args)
     names = 'y', 'x', 'weight', 'wi_0', 'wi_1', 'wo'
     for name, ours, spec in zip(names, got, want, strict=True):
-      ours, spec = np.float64(ours), np.float64(spec)
-      error = np.linalg.norm(ours - spec) / np.linalg.norm(spec)
-      self.assertLess(error, tolerance, name)
+      row_cases.assert_close(self, ours, spec, tolerance, name)
 
 
 class KernelsTest(parameterized.TestCase):
@@ -114,11 +115,13 @@ class KernelsTest(parameterized.TestCase):
       (jax.sharding.AxisType.Auto,) * 3,
       devices=jax.devices()[: np.prod(sizes)],
     )
-    dtype, width, devices = jnp.bfloat16, 768, sizes[1]
-    arguments = rows_and_plan(TOKENS, devices, width, dtype)
+    dtype, width, devices = 'bfloat16', 768, sizes[1]
+    arguments = rows_and_plan.eval_shape(TOKENS, devices, width, dtype)
     if name == 'gather':
-      tokens = devices * TOKENS
-      arguments = jnp.zeros((tokens, width), dtype), jnp.zeros((tokens, 3))
+      arguments = (
+        jax.ShapeDtypeStruct((devices * TOKENS, width), dtype),
+        jax.ShapeDtypeStruct((devices * TOKENS, 3), jnp.float32),
+      )
     run = functools.partial(getattr(mosaic_gpu, name), 'expert')
     with (
       hopper_cases.hopper_here(),

@@ -41,6 +41,7 @@ MOVES = layout.Moves(
   functools.partial(mosaic_gpu.combine, blocks=BLOCKS),
   mosaic_gpu.weight_gradient,
 )
+PLAN = jax.jit(xla.plan, static_argnums=(1, 2))
 
 
 def poison():
@@ -51,14 +52,14 @@ def poison():
 
 def scores(tokens, experts, levels):
   """Sigmoid scores and a bias; `levels` > 0 makes many of them equal."""
-  keys = jax.random.split(jax.random.key(tokens + experts), 2)
-  score_ME = jax.nn.sigmoid(jax.random.normal(keys[0], (tokens, experts)))
-  bias_E = jax.random.normal(keys[1], (experts,)) / 8
+  rng = np.random.default_rng(tokens + experts)
+  score_ME = 1 / (1 + np.exp(-rng.standard_normal((tokens, experts))))
+  bias_E = rng.standard_normal(experts) / 8
   if levels:
     score_ME, bias_E = (
-      jnp.ceil(z * levels) / levels for z in (score_ME, bias_E)
+      np.ceil(z * levels) / levels for z in (score_ME, bias_E)
     )
-  return score_ME, bias_E
+  return np.float32(score_ME), np.float32(bias_E)
 
 
 def indices(tokens, groups, choices, law='uniform'):
@@ -69,30 +70,31 @@ def indices(tokens, groups, choices, law='uniform'):
     'outside': (-groups, 2 * groups),
     'few': (max(0, groups - 8), groups),
   }[law]
-  return jnp.asarray(rng.integers(low, high, (tokens, choices)), jnp.int32)
+  return rng.integers(low, high, (tokens, choices), np.int32)
 
 
+# On the device, where the arrays are: some have 3 GB.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def rows(seed, count, width, dtype):
   key = jax.random.key(seed)
   return jax.random.normal(key, (count, width)).astype(dtype)
 
 
-def assert_close(test, got, want, tolerance):
-  test.assertEqual(got.shape, want.shape)
-  test.assertLess(float(_error(got, want)), tolerance)
+@jax.jit
+def errors(got, want):
+  """Distances in norm, relative to `want`; NaN if anything is not finite."""
+
+  def error(got, want):
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    norm = jnp.maximum(jnp.linalg.norm(want), 1e-6)
+    return jnp.linalg.norm(got - want) / norm
+
+  return jax.tree.map(error, got, want)
 
 
-@jax.jit  # where the arrays are: some have 3 GB
-def _error(got, want):
-  """Distance in norm, relative to `want`; NaN if anything is not finite."""
-  got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-  norm = jnp.maximum(jnp.linalg.norm(want), 1e-6)
-  return jnp.linalg.norm(got - want) / norm
-
-
-def assert_equal(got, want, name=None):
-  np.testing.assert_equal(got.shape, want.shape, name)
-  np.testing.assert_(bool(jnp.array_equal(got, want)), name)
+@jax.jit
+def equal(got, want):
+  return jax.tree.map(jnp.array_equal, got, want)
 
 
 class RouteTest(parameterized.TestCase):
@@ -102,7 +104,8 @@ class RouteTest(parameterized.TestCase):
     score_ME, bias_E = scores(tokens, experts, levels)
     options = {'top_k': top_k, 'min_k': min_k, 'min_share': 0.2123}
 
-    dweight_MX = jax.random.normal(jax.random.key(2), (tokens, top_k))
+    rng = np.random.default_rng(2)
+    dweight_MX = np.float32(rng.standard_normal((tokens, top_k)))
     given = score_ME, bias_E, dweight_MX
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -119,20 +122,24 @@ class RouteTest(parameterized.TestCase):
     (want_MX, weights_MX), (dwant_ME, _) = run(ref.route, *given)
     np.testing.assert_array_equal(index_MX, want_MX)
     np.testing.assert_allclose(weight_MX, weights_MX, atol=WEIGHT_TOLERANCE)
-    assert_close(self, dscore_ME, dwant_ME, WEIGHT_TOLERANCE)
+    self.assertEqual(dscore_ME.shape, dwant_ME.shape)
+    self.assertLess(float(errors(dscore_ME, dwant_ME)), WEIGHT_TOLERANCE)
     self.assertFalse(np.asarray(dbias_E).any())
     if min_k < top_k and tokens > 1:
       self.assertTrue((np.asarray(index_MX) == experts).any())
 
   def test_order_is_that_of_floats(self):
     """A bias may be anything, infinities and both zeros included."""
-    bias_E = jnp.asarray([0.0, -0.0, -jnp.inf, 3e-42, -3.0, jnp.inf, -0.0, 1])
-    score_ME = jnp.zeros((3, 8))
+    bias_E = np.float32([0.0, -0.0, -np.inf, 3e-42, -3.0, np.inf, -0.0, 1])
+    score_ME = np.zeros((3, 8), np.float32)
+    options = {'top_k': 8, 'min_k': 8, 'min_share': 0.0}
+    ours, spec = (
+      jax.jit(functools.partial(route, **options))
+      for route in (router.route, ref.route)
+    )
     with hopper_cases.compiled_here():
-      index_MX, _ = router.route(
-        score_ME, bias_E, top_k=8, min_k=8, min_share=0.0
-      )
-    want_MX, _ = ref.route(score_ME, bias_E, top_k=8, min_k=8, min_share=0.0)
+      index_MX, _ = ours(score_ME, bias_E)
+    want_MX, _ = spec(score_ME, bias_E)
     np.testing.assert_array_equal(index_MX, want_MX)
 
 
@@ -145,7 +152,7 @@ class PlanTest(parameterized.TestCase):
       got = jax.jit(mosaic_gpu.plan, static_argnums=(1, 2))(
         index_MX, groups, align
       )
-    for ours, want in zip(got, xla.plan(index_MX, groups, align)):
+    for ours, want in zip(got, PLAN(index_MX, groups, align)):
       self.assertEqual(ours.dtype, want.dtype)
       np.testing.assert_array_equal(ours, want)
 
@@ -155,8 +162,8 @@ class PlanTest(parameterized.TestCase):
     self.addCleanup(setattr, mosaic_gpu, 'RANKERS', before)
     mosaic_gpu.RANKERS = 2
     with hopper_cases.compiled_here():
-      got = mosaic_gpu.plan(index_MX, 70, 8)
-    jax.tree.map(np.testing.assert_array_equal, got, xla.plan(index_MX, 70, 8))
+      got = jax.jit(lambda index: mosaic_gpu.plan(index, 70, 8))(index_MX)
+    jax.tree.map(np.testing.assert_array_equal, got, PLAN(index_MX, 70, 8))
 
 
 class MoveTest(parameterized.TestCase):
@@ -168,9 +175,10 @@ class MoveTest(parameterized.TestCase):
     if choices * width * jnp.dtype(dtype).itemsize > mosaic_gpu.TOKEN_BYTES:
       self.skipTest('the rows of a token do not fit')
     index_MX = indices(tokens, groups, choices, 'outside')
-    where = xla.plan(index_MX, groups, align)
+    where = PLAN(index_MX, groups, align)
     x_MD = rows(0, tokens, width, dtype)
-    weight_MX = jax.random.uniform(jax.random.key(1), (tokens, choices))
+    rng = np.random.default_rng(1)
+    weight_MX = np.float32(rng.uniform(size=(tokens, choices)))
     dy_MD = rows(2, tokens, width, dtype)
     dx_PD = rows(3, len(where.source_P), width, dtype)
 
@@ -192,24 +200,27 @@ class MoveTest(parameterized.TestCase):
       got = run(MOVES, *given)
     with jax.default_matmul_precision('highest'):
       want = run(xla.MOVES, *given)
-    assert_equal(got[0], want[0], 'gather')
-    for ours, spec, name in zip(got, want, ('x', 'y', 'dx', 'dy', 'dw')):
+    self.assertTrue(equal(got[0], want[0]))
+    names = 'x', 'y', 'dx', 'dy', 'dw'
+    found = zip(names, got, want, errors(got, want), strict=True)
+    for name, ours, spec, error in found:
       self.assertEqual(ours.dtype, spec.dtype, name)
+      self.assertEqual(ours.shape, spec.shape, name)
       tolerance = ROW_TOLERANCE['bfloat16' if name == 'dw' else dtype]
-      assert_close(self, ours, spec, tolerance)
+      self.assertLess(float(error), tolerance, name)
 
   @parameterized.parameters(0, 16, 1000)
   def test_gather_leaves_what_it_need_not_clear(self, clear):
     tokens, groups, choices, align = 70, 6, 3, 8
     index_MX = indices(tokens, groups, choices, 'outside')
-    where = xla.plan(index_MX, groups, align)
+    where = PLAN(index_MX, groups, align)
     x_MD = rows(0, tokens, 128, jnp.bfloat16)
     with hopper_cases.compiled_here():
-      got = np.float32(MOVES.gather(x_MD, where, clear))
-    end = int(where.start_G[-1] + where.sizes_G[-1]) + clear
-    np.testing.assert_array_equal(
-      got[:end], np.float32(xla.gather(x_MD, where))[:end]
-    )
+      got = jax.jit(lambda *z: MOVES.gather(*z, clear))(x_MD, where)
+    got, want = np.float32(got), np.float32(jax.jit(xla.gather)(x_MD, where))
+    end = int(np.asarray(where.start_G)[-1] + np.asarray(where.sizes_G)[-1])
+    end += clear
+    np.testing.assert_array_equal(got[:end], want[:end])
     if not GPU:  # an interpreted kernel has NaN where it writes nothing
       self.assertTrue(np.isnan(got[end:]).all())
 
@@ -231,11 +242,10 @@ class MoveTest(parameterized.TestCase):
       return *routing, y_MD, *pull(y_MD)
 
     first = run(score_ME, x_MD)
-    assert_close(self, first[2], x_MD, ROW_TOLERANCE['bfloat16'])
+    self.assertLess(float(errors(first[2], x_MD)), ROW_TOLERANCE['bfloat16'])
     for _ in range(5):
       poison()
-      for a, b in zip(first, run(score_ME, x_MD)):
-        assert_equal(a, b)
+      self.assertTrue(all(equal(first, run(score_ME, x_MD))))
 
 
 class LowerTest(parameterized.TestCase):
@@ -317,7 +327,9 @@ class LowerTest(parameterized.TestCase):
       pallas_kernels.plan(index_MX, 8, impl='mosaic_gpu')
     with self.assertRaisesRegex(NotImplementedError, 'needs a Hopper GPU'):
       pallas_kernels.gather(
-        jnp.zeros((2, 128)), xla.plan(index_MX, 8, 1), impl='mosaic_gpu'
+        np.zeros((2, 128), np.float32),
+        PLAN(index_MX, 8, 1),
+        impl='mosaic_gpu',
       )
 
 

@@ -1,6 +1,7 @@
 """Routing and row movement for TPUs against XLA's, interpreted on a CPU."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,33 +35,31 @@ class RouteMosaicTpuTest(parameterized.TestCase):
   def test_equals_specification(
     self, tokens, experts, top_k, min_k, min_share, cores
   ):
-    score_ME = jax.nn.sigmoid(
-      jax.random.normal(jax.random.key(tokens), (tokens, experts))
-    )
-    score_ME = score_ME.at[0].set(0.5)  # ties go to the lowest index
-    bias_E = jax.random.normal(jax.random.key(1), (experts,)) / 8
-    bias_E = bias_E.at[:2].set(0.25)
+    rng = np.random.default_rng(tokens)
+    score_ME = 1 / (1 + np.exp(-rng.standard_normal((tokens, experts))))
+    score_ME[0] = 0.5  # ties go to the lowest index
+    bias_E = rng.standard_normal(experts) / 8
+    bias_E[:2] = 0.25
+    given = score_ME, bias_E, rng.standard_normal((tokens, top_k))
     options = {'top_k': top_k, 'min_k': min_k, 'min_share': min_share}
 
-    def ours(score_ME, bias_E):
-      return route.route_and_count(
-        score_ME, bias_E, **options, chip=chip(cores)
-      )
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(choose, score_ME, bias_E, dweight_MX):
+      def weights(*z):
+        index_MX, weight_MX, *counts = choose(*z, **options)
+        return weight_MX, (index_MX, *counts)
 
-    def pulled(choose):
-      found, pull = jax.vjp(lambda *z: choose(*z)[1], score_ME, bias_E)
-      dweight_MX = jax.random.normal(jax.random.key(2), found.shape)
-      return pull(dweight_MX)
+      weight_MX, pull, chosen = jax.vjp(weights, score_ME, bias_E, has_aux=True)
+      return *chosen, weight_MX, *pull(dweight_MX)
 
-    index_MX, weight_MX, count_E = ours(score_ME, bias_E)
-    want = ref.route(score_ME, bias_E, **options)
-    np.testing.assert_array_equal(index_MX, want[0])
-    np.testing.assert_allclose(weight_MX, want[1], atol=TOLERANCE)
-    counts = np.bincount(np.ravel(want[0]), minlength=experts + 1)
+    ours = functools.partial(route.route_and_count, chip=chip(cores))
+    index_MX, count_E, *found = run(ours, *given)
+    want_MX, *wanted = run(ref.route, *given)
+    np.testing.assert_array_equal(index_MX, want_MX)
+    counts = np.bincount(np.ravel(want_MX), minlength=experts + 1)
     np.testing.assert_array_equal(count_E, counts[:experts])
-    spec = pulled(lambda *z: ref.route(*z, **options))
-    for got, wanted in zip(pulled(ours), spec):
-      np.testing.assert_allclose(got, wanted, atol=TOLERANCE)
+    for got, want in zip(found, wanted, strict=True):
+      np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
   def test_refuses_what_it_cannot_do(self):
     self.assertIsNone(route.refusal(256, 8))
@@ -74,32 +73,33 @@ class PermuteMosaicTpuTest(parameterized.TestCase):
   def test_moves_equal_xla(self, cores, simulated):
     on = chip(cores, SIMULATED if simulated else True)
     self.enter_context(absltest.mock.patch.object(permute, 'GATHER_ROWS', 64))
-    keys = jax.random.split(jax.random.key(cores), 4)
-    x_MD = jax.random.normal(keys[0], (37, 256)).astype(jnp.bfloat16)
-    index_MX = jax.random.randint(keys[1], (37, 3), -1, 7)  # -1, 6: nowhere
-    plan = xla.plan(index_MX, 6, 16)
-    x_PD = permute.gather(x_MD, plan, chip=on)
-    np.testing.assert_array_equal(
-      np.float32(x_PD), np.float32(xla.gather(x_MD, plan))
-    )
-    y_PD = jax.random.normal(keys[2], x_PD.shape).astype(jnp.bfloat16)
+    rng = np.random.default_rng(cores)
+    x_MD = jnp.asarray(rng.standard_normal((37, 256)), jnp.bfloat16)
+    index_MX = rng.integers(-1, 7, (37, 3))  # -1, 6: nowhere
+    plan = jax.jit(xla.plan, static_argnums=(1, 2))(index_MX, 6, 16)
+    gather = jax.jit(functools.partial(permute.gather, chip=on))
+    x_PD = np.float32(gather(x_MD, plan))
+    want_PD = jax.jit(xla.gather)(x_MD, plan)
+    np.testing.assert_array_equal(x_PD, np.float32(want_PD))
+    y_PD = rng.standard_normal(x_PD.shape).astype(jnp.bfloat16)
     # Nothing reads rows of no token.
-    y_PD = jnp.where((plan.source_P < 111)[:, None], y_PD, jnp.nan)
-    weight_MX = jax.random.uniform(keys[3], (37, 3))
+    inside_P1 = (np.asarray(plan.source_P) < 111)[:, None]
+    poisoned_PD = np.where(inside_P1, y_PD, np.array(np.nan, y_PD.dtype))
+    plain_PD = np.where(inside_P1, np.float32(y_PD), 0)
+    weight_MX = np.float32(rng.uniform(size=(37, 3)))
+    combine = jax.jit(functools.partial(permute.combine, chip=on))
     for weights in (weight_MX, None):
-      got = permute.combine(y_PD, plan.place_MX, weights, chip=on)
-      want = xla.combine(
-        jnp.nan_to_num(y_PD).astype(jnp.float32), plan.place_MX, weights
-      )
+      got = combine(poisoned_PD, plan.place_MX, weights)
+      want = jax.jit(xla.combine)(plain_PD, plan.place_MX, weights)
       self.assertEqual(got.dtype, jnp.bfloat16)
-      np.testing.assert_array_equal(
-        np.float32(got), np.float32(want.astype(jnp.bfloat16))
-      )
+      want = np.asarray(want).astype(jnp.bfloat16)
+      np.testing.assert_array_equal(np.float32(got), np.float32(want))
 
   def test_every_index_outside_is_a_row_of_zeros(self):
-    x_MD = jnp.ones((5, 256), jnp.bfloat16)
-    found = permute.gather_rows(x_MD, jnp.array([4, -1, 5, 0]), chip=chip(1))
-    np.testing.assert_array_equal(np.float32(found[:, 0]), [1, 0, 0, 1])
+    x_MD = np.ones((5, 256), jnp.bfloat16)
+    gather_rows = jax.jit(functools.partial(permute.gather_rows, chip=chip(1)))
+    found = gather_rows(x_MD, np.array([4, -1, 5, 0]))
+    np.testing.assert_array_equal(np.float32(found)[:, 0], [1, 0, 0, 1])
 
   def test_refuses_what_it_cannot_do(self):
     self.assertIsNone(permute.refusal(jnp.dtype('bfloat16'), 3072))
