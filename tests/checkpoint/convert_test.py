@@ -10,7 +10,6 @@ import sys
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -19,11 +18,11 @@ from absl.testing import absltest, parameterized
 from configs import convert as convert_config
 from m2 import config as settings
 from m2.checkpoint import convert, hf, hf_tree, saved, shards, store
-from m2.model import transformer
 from m2.parallel import mesh as meshes
 from m2.parallel import sharding
 from tests.bench import stream
 from tests.checkpoint import hf_test, synthetic
+from tests.model import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FP8 = ROOT / 'tests' / 'data' / 'hf' / 'fp8'
@@ -62,7 +61,7 @@ class ConvertTest(parameterized.TestCase):
     self.assertEqual(meta['leaves']['params/embed']['dtype'], 'bfloat16')
     self.run_mode(run, out, dtype='float32')
     cfg = hf.config(out)
-    logits = transformer.logits(cfg, hf.load(out, cfg), np.ones((1, 3)))
+    logits = tiny.logits(cfg, hf.load(out, cfg), np.ones((1, 3), int))
     self.assertEqual(logits.shape, (1, 3, cfg.vocab))
 
   def save_run(self, mesh: jax.sharding.Mesh | None = None) -> dict:
@@ -74,7 +73,7 @@ class ConvertTest(parameterized.TestCase):
       held = jax.device_put(params, places)
     with store.Store(self.folder / 'run' / 'checkpoints') as checkpoints:
       checkpoints.save(
-        {'params': jax.tree.map(jnp.asarray, held)},
+        {'params': jax.device_put(held)},
         None,
         step=3,
         extra={'config': {'model': settings.to_config(CFG).to_dict()}},

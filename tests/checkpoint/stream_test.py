@@ -61,14 +61,14 @@ def bytes_equal(got, want) -> None:
 
 
 class LoadTest(hf_test.FilesTest):
-  def setUp(self):
-    super().setUp()
-    self.cfg = hf_test.small(mtp_modules=1, **BLOCKS)
-    self.path = self.folder / 'fp8'
-    hf.save(
-      hf_test.draw(self.cfg), self.path, self.cfg, dtype='fp8',
-      shard_bytes=500_000,
-    )  # fmt: skip
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.cfg = hf_test.small(mtp_modules=1, **BLOCKS)
+    folder = folders.of_class(cls)
+    cls.path, cls.codes = folder / 'fp8', folder / 'codes'
+    for path, cfg in ((cls.path, cls.cfg), (cls.codes, plain(KEPT))):
+      hf.save(hf_test.draw(cfg), path, cfg, dtype='fp8', shard_bytes=500_000)
 
   @parameterized.parameters(*MESHES)
   def test_a_mesh_holds_what_one_device_does(self, *sizes):
@@ -196,19 +196,14 @@ class LoadTest(hf_test.FilesTest):
     self.assertFalse(hf.holds_codes(path))
     with self.assertRaisesRegex(ValueError, 'd_expert=.*multiples of 128'):
       dataclasses.replace(cfg, fp8_experts=True)._check()
-    self.save_codes('bfloat16')
+    cfg, path = plain(KEPT), self.folder / 'bfloat16'
+    hf.save(hf_test.draw(cfg), path, cfg, dtype='bfloat16', shard_bytes=500_000)
     with self.assertRaisesRegex(ValueError, 'type BF16, but model.fp8_experts'):
-      hf.load(self.folder / 'codes', KEPT)
-
-  def save_codes(self, dtype: str) -> pathlib.Path:
-    """A checkpoint of whole blocks."""
-    path, cfg = self.folder / 'codes', plain(KEPT)
-    hf.save(hf_test.draw(cfg), path, cfg, dtype=dtype, shard_bytes=500_000)
-    return path
+      hf.load(path, KEPT)
 
   @parameterized.parameters((1, 2, 2, 2), (1, 1, 8, 1), (2, 2, 1, 2))
   def test_experts_are_kept_as_they_are_in_the_file(self, *sizes):
-    path = self.save_codes('fp8')
+    path = self.codes
     self.assertTrue(hf.holds_codes(path))
     mesh = meshes.make_mesh(config.MeshConfig(*sizes))
     with unittest.mock.patch.object(stream, 'RUN', 20_000):
@@ -217,7 +212,7 @@ class LoadTest(hf_test.FilesTest):
     want = hf.load(path, plain(KEPT), dtype='float32')
     for part in ('blocks', 'mtp'):
       for name in ('wi_0', 'wi_1', 'wo'):
-        found = pallas_kernels.dequantise(kept[part]['moe'][name])
+        found = jax.jit(pallas_kernels.dequantise)(kept[part]['moe'][name])
         np.testing.assert_array_equal(found, want[part]['moe'][name])
     self.assertEqual(kept['head'].dtype.name, 'bfloat16')
     self.assertEqual(kept['blocks']['moe']['gate'].dtype, np.float32)
@@ -228,7 +223,7 @@ class LoadTest(hf_test.FilesTest):
     bytes_equal(values[1, 3], raw.array())
 
   def test_kept_experts_are_written_as_they_are_and_in_no_other_type(self):
-    kept = hf.load(self.save_codes('fp8'), KEPT)
+    kept = hf.load(self.codes, KEPT)
     with self.assertRaisesRegex(ValueError, "dtype='bfloat16' must be fp8"):
       hf.save(kept, self.folder / 'out', KEPT)
     with self.assertRaisesRegex(ValueError, 'wi_0/values: unknown'):
@@ -240,7 +235,8 @@ class LoadTest(hf_test.FilesTest):
       hf.save(kept, self.folder / 'out', KEPT, dtype='fp8')
 
   def test_a_file_that_shrinks_meanwhile(self):
-    file = sorted(self.path.glob('*.safetensors'))[1]
+    path = shutil.copytree(self.path, self.folder / 'fp8')
+    file = sorted(path.glob('*.safetensors'))[1]
     real = stream.whole
 
     def shrink(*args):
@@ -250,7 +246,7 @@ class LoadTest(hf_test.FilesTest):
 
     with unittest.mock.patch.object(stream, 'whole', shrink):
       with self.assertRaisesRegex(ValueError, f'{file.name}: truncated'):
-        hf.load(self.path, self.cfg)
+        hf.load(path, self.cfg)
 
 
 def sharding_of(name, leaf, mesh) -> jax.sharding.NamedSharding:

@@ -1,11 +1,11 @@
 """The engine against the plain forward pass, and its promises to callers."""
 
 import asyncio
+import functools
 import threading
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -14,6 +14,7 @@ from m2.engine import engine as engine_lib
 from m2.model import params as model_params
 from m2.model import transformer
 from m2.parallel import mesh as mesh_lib
+from tests.model import tiny
 
 # Rollout against trainer on CPU in float32; issue 2 asks for 1e-4.
 LOGPROB = 1e-4
@@ -38,11 +39,14 @@ CFG = config.ModelConfig(
 )
 
 
-def make(slots=8, length=128, chunk=8, key=0, mesh=None, rows=32, **kwargs):
-  params = model_params.init(CFG, jax.random.key(key), mesh)
-  sizes = config.EngineConfig(
-    slots=slots, length=length, chunk=chunk, prompts=rows
-  )
+@functools.cache
+def weights(key=0, mesh=None):
+  return model_params.init(CFG, jax.random.key(key), mesh)
+
+
+def make(slots=8, length=128, chunk=8, mesh=None, rows=32, **kwargs):
+  params = weights(mesh=mesh)
+  sizes = config.EngineConfig(slots, length, chunk, prompts=rows)
   return engine_lib.Engine(CFG, sizes, params, mesh=mesh, **kwargs), params
 
 
@@ -58,7 +62,9 @@ def prompts(count, seed=0, low=1, high=90):
   ]
 
 
-_LOGITS = jax.jit(transformer.logits, static_argnums=0)
+@jax.jit
+def log_softmax(params, row):
+  return jax.nn.log_softmax(transformer.logits(CFG, params, row)[0])
 
 
 def trainer_logprobs(params, prompt, ids, pad=128):
@@ -66,9 +72,9 @@ def trainer_logprobs(params, prompt, ids, pad=128):
   row = np.zeros((1, pad), np.int32)
   full = np.concatenate([prompt, ids])
   row[0, : len(full)] = full
-  logp_TV = jax.nn.log_softmax(_LOGITS(CFG, params, row)[0])
+  logp_TV = np.asarray(log_softmax(params, row))
   at = np.arange(len(prompt), len(full)) - 1
-  return np.asarray(logp_TV)[at, ids], np.asarray(logp_TV)[at]
+  return logp_TV[at, ids], logp_TV[at]
 
 
 class EngineTest(parameterized.TestCase):
@@ -173,7 +179,7 @@ class EngineTest(parameterized.TestCase):
 
   def test_weights_change_between_steps(self):
     engine, old = make()
-    new = model_params.init(CFG, jax.random.key(1))
+    new = weights(1)
     prompt, before = prompts(2, low=30, high=31)
     engine.run([request(before)])
     future = engine.submit(request(prompt, max_new=30))
@@ -210,15 +216,9 @@ class EngineTest(parameterized.TestCase):
     self.assertIsNone(results[2].experts)
     for prompt, result in zip(rows[:2], results):
       ids = np.concatenate([prompt, result.ids])
-      tokens_BT = jnp.asarray(ids[None, :-1])
       size = len(ids) - 1
-      output = transformer.forward(
-        CFG,
-        params,
-        tokens_BT,
-        jnp.arange(size)[None],
-        jnp.full((1, size), size),
-      )
+      row = ids[None, :-1], np.arange(size)[None], np.full((1, size), size)
+      output = tiny.forward(CFG, params, *row)
       want_TLX = np.asarray(output.experts_LBTX)[:, 0].swapaxes(0, 1)
       np.testing.assert_array_equal(
         np.sort(result.experts, -1), np.sort(want_TLX, -1)
@@ -247,7 +247,7 @@ class EngineTest(parameterized.TestCase):
     """Arrivals, turns, cancellations and new weights, in random order."""
     draw = np.random.default_rng(seed)
     engine, even = make()
-    odd = model_params.init(CFG, jax.random.key(1))
+    odd = weights(1)
     asked, cancelled = [], []
     for _ in range(120):
       action = draw.random()

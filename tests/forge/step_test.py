@@ -30,24 +30,28 @@ TOKENS, LINES, SAMPLES = 48, 16, 512
 
 
 def relative(one, two):
-  square = lambda tree: sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))
-  return float(
-    jnp.sqrt(square(jax.tree.map(jnp.subtract, one, two)) / square(two))
-  )
+  square = lambda tree: sum(np.sum(x**2) for x in jax.tree.leaves(tree))
+  one, two = jax.device_get((one, two))
+  return np.sqrt(square(jax.tree.map(np.subtract, one, two)) / square(two))
 
 
 class StepTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.params = model_params.init(forest.MODEL, jax.random.key(0))
-    bias_LE = cls.params['blocks']['moe']['bias']
-    cls.params['blocks']['moe']['bias'] = 0.1 * jax.random.normal(
-      jax.random.key(1), bias_LE.shape
+    cls.params = jax.device_get(
+      model_params.init(forest.MODEL, jax.random.key(0))
     )
+    moe = cls.params['blocks']['moe']
+    draw = np.random.default_rng(1).standard_normal
+    moe['bias'] = 0.1 * draw(moe['bias'].shape, np.float32)
     cls.cfg = forest.run_config()
     optimizer = optim.make(cls.cfg.optim, cls.cfg.steps)
-    cls.state = train_state.wrap(cls.params, optimizer)
+    cls.state = jax.device_get(
+      jax.jit(functools.partial(train_state.wrap, optimizer=optimizer))(
+        cls.params
+      )
+    )
     cls.update = staticmethod(
       jax.jit(
         functools.partial(
@@ -64,6 +68,11 @@ class StepTest(parameterized.TestCase):
           functools.partial(step_lib.rl_loss, model=forest.MODEL, cfg=cls.cfg),
           has_aux=True,
         )
+      )
+    )
+    cls.score = staticmethod(
+      jax.jit(
+        functools.partial(step_lib.score, model=forest.MODEL, cfg=cls.cfg)
       )
     )
 
@@ -152,7 +161,7 @@ class StepTest(parameterized.TestCase):
     # Lines of padding were not computed at all.
     used = int((batch.until_BT > 0).any(1).sum())
     self.assertLess(used, 10)
-    self.assertFalse(np.asarray(logp_BT[used + used % 2 :]).any())
+    self.assertFalse(np.asarray(logp_BT)[used + used % 2 :].any())
 
   def test_one_update(self):
     rows = [
@@ -163,7 +172,7 @@ class StepTest(parameterized.TestCase):
     batch = tree.merge_prefixes(
       rows, tokens=TOKENS, lines=LINES, samples=SAMPLES
     )
-    after, metrics = run(state, batch)
+    after, metrics = jax.device_get(run(state, batch))
     self.assertEqual(int(after.step), 6)
     (loss, own), _ = self.grad(self.params, batch)
     np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
@@ -184,20 +193,18 @@ class StepTest(parameterized.TestCase):
 
   def objective(self, params, batch):
     """What the step climbs: log-probabilities under its constant weights."""
-    logp_BT, _, _ = jax.jit(
-      functools.partial(step_lib.score, model=forest.MODEL, cfg=self.cfg)
-    )(params, batch)
-    before_BT, _, _ = jax.jit(
-      functools.partial(step_lib.score, model=forest.MODEL, cfg=self.cfg)
-    )(self.params, batch)
+    logp_BT, before_BT = (
+      np.asarray(self.score(values, batch)[0])
+      for values in (params, self.params)
+    )
     old_Z = before_BT.reshape(-1)[batch.edge_Z] - batch.old_logp_Z
-    ratio_Z = jnp.minimum(jnp.exp(old_Z), 1 + self.cfg.forge.clip_high)
+    ratio_Z = np.minimum(np.exp(old_Z), 1 + self.cfg.forge.clip_high)
     weight_Z = batch.weight_Z * batch.advantage_Z * ratio_Z
     return float((weight_Z * logp_BT.reshape(-1)[batch.edge_Z]).sum())
 
   def test_bad_numbers_change_nothing(self):
     state, run = self.state, self.update
-    head = self.params['head'] * jnp.nan
+    head = self.params['head'] * np.nan
     state = state.replace(params=state.params | {'head': head})
     batch = tree.merge_prefixes(
       forest.figure_6(), tokens=TOKENS, lines=LINES, samples=SAMPLES

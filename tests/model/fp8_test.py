@@ -4,7 +4,6 @@ import dataclasses
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -15,6 +14,7 @@ from m2.engine import engine
 from m2.model import params, transformer
 from m2.parallel import mesh as meshes
 from m2.parallel import serving, sharding
+from tests.model import tiny
 
 MODEL = config.ModelConfig(
   vocab=64,
@@ -37,6 +37,7 @@ FP8 = dataclasses.replace(MODEL, fp8_experts=True)
 CLOSE = {'rtol': 2e-4, 'atol': 2e-5}
 
 
+@jax.jit
 def restored(held):
   """Plain parameters of the values that `held` stands for."""
   return jax.tree.map(
@@ -51,16 +52,17 @@ def restored(held):
 
 
 class Fp8Test(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.plain = params.init(MODEL, jax.random.key(0))
-    self.held = params.quantise(self.plain)
-    self.tokens_BT = jax.random.randint(jax.random.key(1), (8, 6), 0, 64)
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.plain = params.init(MODEL, jax.random.key(0))
+    cls.held = jax.jit(params.quantise)(cls.plain)
+    cls.tokens_BT = np.random.default_rng(1).integers(0, 64, (8, 6))
 
   def test_rounding_is_that_of_three_bits(self):
     for name in ('wi_0', 'wi_1', 'wo'):
-      before = self.plain['blocks']['moe'][name]
-      after = restored(self.held)['blocks']['moe'][name]
+      before = np.asarray(self.plain['blocks']['moe'][name])
+      after = np.asarray(restored(self.held)['blocks']['moe'][name])
       error = np.abs(after - before)
       # Half a unit of a mantissa of 3 bits; below 2^-6 / 448 of the largest
       # weight, half a subnormal.
@@ -74,21 +76,22 @@ class Fp8Test(parameterized.TestCase):
     )
 
   def test_same_logits_as_the_restored_weights(self):
-    found = transformer.logits(FP8, self.held, self.tokens_BT)
-    wanted = transformer.logits(MODEL, restored(self.held), self.tokens_BT)
+    found = tiny.logits(FP8, self.held, self.tokens_BT)
+    wanted = tiny.logits(MODEL, restored(self.held), self.tokens_BT)
     np.testing.assert_allclose(found, wanted, **CLOSE)
 
   @parameterized.parameters(serving.FEW, 4)
   def test_same_over_eight_devices(self, few):
     """Few tokens and many, experts and their width over the mesh."""
     mesh = meshes.make_mesh(config.MeshConfig(data=1, expert=4, tensor=2))
-    wanted = transformer.logits(MODEL, restored(self.held), self.tokens_BT)
-    held = jax.device_put(self.held, sharding.param_shardings(self.held, mesh))
+    wanted = tiny.logits(MODEL, restored(self.held), self.tokens_BT)
+    where = sharding.param_shardings(self.held, mesh)
+    held = jax.device_put(jax.device_get(self.held), where)
     self.enter_context(absltest.mock.patch.object(serving, 'FEW', few))
     with jax.set_mesh(mesh):
       found = jax.jit(
         lambda held, tokens_BT: transformer.logits(FP8, held, tokens_BT)
-      )(held, jnp.asarray(self.tokens_BT))
+      )(held, self.tokens_BT)
     np.testing.assert_allclose(found, wanted, **CLOSE)
 
   def test_the_engine_holds_what_it_is_given(self):
@@ -119,7 +122,7 @@ class Fp8Test(parameterized.TestCase):
     sampling = types.Sampling(max_new=8, temperature=0.0)
     (result,) = made.run([engine.GenRequest([1, 2, 3], sampling)])
     given = [1, 2, 3, *result.ids]
-    logits_BTV = transformer.logits(FP8, alone, np.array([given]))
+    logits_BTV = np.asarray(tiny.logits(FP8, alone, np.array([given])))
     self.assertEqual(list(logits_BTV[0, 2:-1].argmax(-1)), list(result.ids))
 
   def test_other_checkpoints_are_quantised_when_they_are_loaded(self):

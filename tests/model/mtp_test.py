@@ -1,24 +1,25 @@
 """Multi-token prediction: targets, expansion by copying, a frozen trunk."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from m2.model import mtp, params, transformer
-from tests.model import transformer_test
+from m2.model import mtp, params
+from tests.model import tiny
 
-CFG = dataclasses.replace(transformer_test.TINY, mtp_modules=2)
+CFG = dataclasses.replace(tiny.TINY, mtp_modules=2)
 
 
 def batch():
-  tokens_BT = jnp.arange(20).reshape(2, 10) % 13
-  targets_BT = jnp.roll(tokens_BT, -1, 1)
-  positions_BT = jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], list(range(10))])
-  until_BT = jnp.array([[4] * 4 + [10] * 6, [8] * 8 + [0] * 2])
-  weights_BT = (jnp.arange(10)[None] + 1 < until_BT).astype(jnp.float32)
+  tokens_BT = np.arange(20).reshape(2, 10) % 13
+  targets_BT = np.roll(tokens_BT, -1, 1)
+  positions_BT = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], list(range(10))])
+  until_BT = np.array([[4] * 4 + [10] * 6, [8] * 8 + [0] * 2])
+  weights_BT = (np.arange(10) + 1 < until_BT).astype(np.float32)
   return {
     'tokens': tokens_BT,
     'targets': targets_BT,
@@ -29,15 +30,25 @@ def batch():
 
 
 def forward(values, data, cfg=CFG):
-  return transformer.forward(
+  return tiny.forward(
     cfg, values, data['tokens'], data['positions'], data['until']
   )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss(cfg, values, data):
+  """The modules' loss after a pass through the trunk."""
+  return mtp.loss(cfg, values, forward(values, data, cfg), data, chunk=8)
+
+
+expand = jax.jit(mtp.expand, static_argnums=0)
+shifted = jax.jit(functools.partial(mtp.shifted, modules=2))
 
 
 class MtpTest(absltest.TestCase):
   def test_modules_read_and_predict_further_ahead(self):
     data = batch()
-    ahead = mtp.shifted(data, 2)
+    ahead = jax.device_get(shifted(data))
     # Row 0, document 0 holds tokens 0..3; module 1 at token 0 reads token 1
     # and predicts token 2; at token 2 its target would leave the document.
     np.testing.assert_array_equal(ahead['tokens_JBT'][0, 0, :3], [1, 2, 3])
@@ -51,41 +62,35 @@ class MtpTest(absltest.TestCase):
 
   def test_only_tokens_that_read_something_count_as_load(self):
     cfg = dataclasses.replace(CFG, mtp_modules=3)
-    values, data = params.init(cfg, jax.random.key(0)), batch()
-    output = forward(values, data, cfg)
-    _, extra = mtp.loss(cfg, values, output, data, chunk=8)
+    _, extra = loss(cfg, tiny.weights(cfg), batch())
     # Documents of 4, 6 and 8 tokens; module j reads j fewer of each.
     want = [cfg.top_k * sum(n - j for n in (4, 6, 8)) for j in (1, 2, 3)]
-    np.testing.assert_array_equal(extra['load_JE'].sum(1), want)
+    np.testing.assert_array_equal(np.asarray(extra['load_JE']).sum(1), want)
 
   def test_rows_shorter_than_there_are_modules(self):
     data = {name: value[:, :1] for name, value in batch().items()}
-    ahead = mtp.shifted(data, 2)
+    ahead = jax.device_get(shifted(data))
     self.assertEqual(ahead['tokens_JBT'].shape, (2, 2, 1))
     self.assertFalse(ahead['weights_JBT'].any())
 
   def test_other_documents_do_not_matter(self):
-    values = params.init(CFG, jax.random.key(0))
     data = batch()
-    other = dict(data)
-    other['tokens'] = data['tokens'].at[0, 4:].add(1)  # the second document
-    weights = data['weights'].at[0, 4:].set(0).at[1].set(0)
-
-    def total(data):
-      data = data | {'weights': weights}
-      return mtp.loss(CFG, values, forward(values, data), data, chunk=8)[0]
-
-    np.testing.assert_allclose(total(data), total(other), rtol=1e-6)
+    data['weights'][0, 4:] = data['weights'][1] = 0
+    other = batch() | {'weights': data['weights']}
+    other['tokens'][0, 4:] += 1  # the second document
+    first, second = (loss(CFG, tiny.weights(CFG), x)[0] for x in (data, other))
+    np.testing.assert_allclose(first, second, rtol=1e-6)
 
   def test_expansion_copies_and_leaves_the_trunk(self):
-    plain = params.init(transformer_test.TINY, jax.random.key(0))
+    plain = tiny.weights()
     one = dataclasses.replace(CFG, mtp_modules=1)
     three = dataclasses.replace(CFG, mtp_modules=3)
-    grown = mtp.expand(one, plain)
+    grown = expand(one, plain)
     grown['mtp']['proj'] += 0.01
-    larger = mtp.expand(three, grown)
+    larger = expand(three, grown)
     for leaf in jax.tree.leaves(larger['mtp']):
       self.assertEqual(leaf.shape[0], 3)
+      leaf = np.asarray(leaf)
       np.testing.assert_array_equal(leaf[0], leaf[2])
     self.assertEqual(
       jax.tree.map(jnp.shape, larger),
@@ -99,11 +104,8 @@ class MtpTest(absltest.TestCase):
       mtp.expand(one, larger)
 
   def test_expansion_from_the_trunk_starts_below_random(self):
-    values = params.init(transformer_test.TINY, jax.random.key(0))
-    grown = mtp.expand(CFG, values)
-    total_J, aux = mtp.loss(
-      CFG, grown, forward(grown, batch()), batch(), chunk=8
-    )
+    grown = expand(CFG, tiny.weights())
+    total_J, aux = loss(CFG, grown, batch())
     self.assertTrue(np.isfinite(total_J).all())
     self.assertEqual(aux['load_JE'].shape, (2, 8))
 

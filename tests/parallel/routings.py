@@ -25,32 +25,32 @@ TOLERANCE = 2e-5  # float32, of the largest value
 TIGHT = cost.Room(copies=3, choices=6, always=False)
 
 
-def choices(routing: str) -> tuple[jax.Array, jax.Array]:
+def choices(routing: str) -> tuple[np.ndarray, np.ndarray]:
   """index_BTX (EXPERTS = slot not used) and weight_BTX."""
-  keys = jax.random.split(jax.random.key(1), 3)
-  score = jax.random.uniform(keys[0], (BATCH, LENGTH, EXPERTS))
-  _, index = jax.lax.top_k(score, TOP_K)
-  slot = jnp.arange(TOP_K).reshape(1, 1, -1)
+  rng = np.random.default_rng(1)
+  index = rng.random((BATCH, LENGTH, EXPERTS)).argsort(-1)[..., :TOP_K]
+  slot = np.arange(TOP_K)
   if routing == 'same':
-    index = jnp.broadcast_to(slot + 6, index.shape)
+    index = np.broadcast_to(slot + 6, index.shape)
   if routing == 'idle':
-    even = (jnp.arange(LENGTH) % 2 == 0).reshape(1, -1, 1)
-    index = jnp.where(even, slot + EXPERTS - TOP_K, EXPERTS) + 0 * index
+    even = (np.arange(LENGTH) % 2 == 0)[:, None]
+    even_TX = np.where(even, slot + EXPERTS - TOP_K, EXPERTS)
+    index = np.broadcast_to(even_TX, index.shape)
   if routing == 'adaptive':
-    used = jax.random.randint(keys[1], (BATCH, LENGTH, 1), 2, TOP_K + 1)
-    index = jnp.where(slot < used, index, EXPERTS)
-  weight = jax.random.uniform(keys[2], index.shape, minval=0.1)
-  weight = jnp.where(index < EXPERTS, weight, 0)
-  return index, weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
+    used = rng.integers(2, TOP_K, (BATCH, LENGTH, 1), endpoint=True)
+    index = np.where(slot < used, index, EXPERTS)
+  weight = np.where(index < EXPERTS, rng.uniform(0.1, 1, index.shape), 0)
+  weight /= np.maximum(weight.sum(-1, keepdims=True), 1e-6)
+  return index.astype(np.int32), weight.astype(np.float32)
 
 
-def operands(routing: str) -> tuple[jax.Array, ...]:
+def operands(routing: str) -> tuple[np.ndarray, ...]:
   """Tokens, choices, weights, three matrices and the sum's gradient."""
-  keys = jax.random.split(jax.random.key(2), 5)
+  rng = np.random.default_rng(2)
   wide, tall = (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
   shapes = (BATCH, LENGTH, WIDTH), wide, wide, tall, (BATCH, LENGTH, WIDTH)
-  x, wi_0, wi_1, wo, dy = map(jax.random.normal, keys, shapes)
-  return x, *choices(routing), wi_0, wi_1, wo, dy
+  x, *rest = (rng.standard_normal(shape, np.float32) for shape in shapes)
+  return x, *choices(routing), *rest
 
 
 def layer(**options) -> Callable:
@@ -80,26 +80,29 @@ def ragged_all_to_all(
 ):  # fmt: skip
   """`jax.lax.ragged_all_to_all` by its documentation, for XLA on CPUs.
 
-  Where the sizes that are announced do not agree it gives NaN.
+  Where sizes that are announced do not agree or rows are written twice it gives
+  NaN.
   """
   rows, first, sent, there = (
     jax.lax.all_gather(z, axis_name)
     for z in (operand, input_offsets, send_sizes, output_offsets)
   )
   devices, total = sent.shape
-  first, sent, there = (
-    z.reshape(devices, devices, -1)[:, jax.lax.axis_index(axis_name)]
+  updates = total // devices
+  # Those of every source to this device, K of them.
+  first_K, sent_K, there_K = (
+    z.reshape(devices, devices, -1)[:, jax.lax.axis_index(axis_name)].ravel()
     for z in (first, sent, there)
   )
-  place = jnp.arange(len(output))
-  for source in range(devices):
-    for update in range(total // devices):
-      start = there[source, update]
-      here = (place >= start) & (place < start + sent[source, update])
-      index = place - start + first[source, update]
-      index = jnp.clip(index, 0, len(operand) - 1)
-      output = jnp.where(here[:, None], rows[source][index], output)
-  agree = (sent.reshape(-1) == recv_sizes).all()
+  row_N = jnp.arange(len(output))
+  ahead_NK = row_N[:, None] - there_K[None]
+  here_NK = (ahead_NK >= 0) & (ahead_NK < sent_K[None])
+  update_N = here_NK.argmax(1)  # no two of them write to one row
+  index_N = row_N - there_K[update_N] + first_K[update_N]
+  index_N = jnp.clip(index_N, 0, len(operand) - 1)
+  found = rows[update_N // updates, index_N]
+  output = jnp.where(here_NK.any(1)[:, None], found, output)
+  agree = (sent_K == recv_sizes).all() & (here_NK.sum(1) <= 1).all()
   return jnp.where(agree, output, jnp.nan)
 
 

@@ -1,31 +1,35 @@
 """The loss against plain arithmetic on all logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from m2.model import transformer
 from m2.train import loss
+from tests.model import tiny
 from tests.train import small
 
 TOLERANCE = 1e-5
 
 
-def run(cfg, batch, step=0, norm=None):
-  call = jax.jit(
-    lambda params, batch, norm: loss.loss_fn(
-      params, batch, model=cfg.model, cfg=cfg, step=jnp.int32(step), norm=norm
-    ),
+@functools.partial(jax.jit, static_argnums=0)
+def first(cfg, params, batch, norm):
+  return loss.loss_fn(
+    params, batch, model=cfg.model, cfg=cfg, step=jnp.int32(0), norm=norm
   )
-  return jax.device_get(call(small.weights(cfg), batch, norm))
+
+
+def run(cfg, batch, norm=None):
+  return jax.device_get(first(cfg, small.weights(cfg.model), batch, norm))
 
 
 def oracle(cfg, batch):
   """Cross-entropy, squared log-partition and entropy, in float64."""
-  logits = transformer.logits(
+  logits = tiny.logits(
     cfg.model,
-    small.weights(cfg),
+    small.weights(cfg.model),
     batch['tokens'],
     batch['positions'],
     batch['until'],
@@ -73,7 +77,8 @@ class LossTest(parameterized.TestCase):
 
   def test_mtp_weight_falls_over_the_decay_phase(self):
     cfg = small.run_config(modules=1, optim={'decay': 0.5})
-    values = [loss.mtp_weight(cfg, jnp.int32(s)) for s in (0, 9, 14, 19)]
+    weight = jax.jit(functools.partial(loss.mtp_weight, cfg))
+    values = [weight(jnp.int32(s)) for s in (0, 9, 14, 19)]
     np.testing.assert_allclose(values, [0.3, 0.3, 0.2, 0.1], rtol=TOLERANCE)
 
   def test_mtp_term_is_the_mean_over_modules(self):
@@ -89,7 +94,7 @@ class LossTest(parameterized.TestCase):
 
   def test_halves_under_one_norm_add_up(self):
     cfg, batch = small.run_config(modules=1), small.batch()
-    norm = jax.device_get(loss.totals(cfg.model, batch))
+    norm = jax.jit(loss.totals, static_argnums=0)(cfg.model, batch)
     halves = [{k: v[i::2] for k, v in batch.items()} for i in (0, 1)]
     parts = [run(cfg, half, norm=norm)[0] for half in halves]
     np.testing.assert_allclose(sum(parts), run(cfg, batch)[0], rtol=TOLERANCE)

@@ -123,9 +123,17 @@ def steps(
   return jax.device_get((state, metrics))
 
 
-def weights(cfg: config.RunConfig):
-  """Random parameters on one device, without a mesh."""
-  return model_params.init(cfg.model, jax.random.key(0))
+@functools.cache
+def weights(model: config.ModelConfig):
+  """Random parameters, on the host, where no test can write to them."""
+  return jax.device_get(model_params.init(model, jax.random.key(0)))
+
+
+def noise(tree, seed: int):
+  """Random values, on the host, in the shapes of the tree's leaves."""
+  rng = np.random.default_rng(seed)
+  draw = lambda leaf: rng.standard_normal(leaf.shape, np.float32)
+  return jax.tree.map(draw, tree)
 
 
 def leaves(tree) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """One update: the same by microbatches and on a mesh, guarded, balanced."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +18,18 @@ UPDATE_TOLERANCE = 2e-3
 BASE = small.run_config(modules=1)
 
 
-def gradients(cfg):
-  run = jax.jit(
-    lambda params, batch: step.gradients(
-      params, batch, model=cfg.model, cfg=cfg, step=jnp.int32(0)
-    ),
+@functools.partial(jax.jit, static_argnums=0)
+def first(cfg, params, batch):
+  return step.gradients(
+    params, batch, model=cfg.model, cfg=cfg, step=jnp.int32(0)
   )
-  return jax.device_get(run(small.weights(cfg), small.batch()))
+
+
+def gradients(cfg):
+  return jax.device_get(first(cfg, small.weights(cfg.model), small.batch()))
+
+
+balance = jax.jit(step.balance, static_argnums=2)
 
 
 def assert_close(first, second, tolerance):
@@ -50,12 +57,11 @@ class AccumulateTest(parameterized.TestCase):
   def test_noise_scale_of_known_squares(self):
     # Microbatch gradients (1, 0) and (0, 1), given as shares of their mean:
     # |G|^2 = (2 * 0.5 - 1) / 1 = 0, so there is nothing but noise.
-    total = {'a': jnp.array([0.5, 0.5])}
-    scale = step._noise_scale(total, jnp.array([0.25, 0.25]))
+    run, squares = jax.jit(step._noise_scale), np.float32([0.25, 0.25])
+    scale = run({'a': np.float32([0.5, 0.5])}, squares)
     self.assertGreater(scale, 1e6)
     # Equal ones have none.
-    total = {'a': jnp.array([1.0, 0])}
-    scale = step._noise_scale(total, jnp.array([0.25, 0.25]))
+    scale = run({'a': np.float32([1, 0])}, squares)
     self.assertEqual(scale, 0)
 
 
@@ -81,12 +87,12 @@ class MeshTest(parameterized.TestCase):
 class BalanceTest(parameterized.TestCase):
   def test_bias_moves_by_the_sign_of_the_error_of_the_summed_load(self):
     cfg = small.run_config(modules=1, optim={'bias_rate': 0.5})
-    params = small.weights(cfg)
+    params = small.weights(cfg.model)
     load = {
-      'blocks': jnp.array([[9.0, 1, 2, 4, 4, 4, 4, 4], [1.0] * 8]),
-      'mtp': jnp.array([[0.0, 8, 0, 8, 0, 8, 0, 8]]),
+      'blocks': np.float32([[9, 1, 2, 4, 4, 4, 4, 4], [1] * 8]),
+      'mtp': np.float32([[0, 8, 0, 8, 0, 8, 0, 8]]),
     }
-    moved = step.balance(params, load, cfg, jnp.int32(5))
+    moved = balance(params, load, cfg, jnp.int32(5))
     np.testing.assert_array_equal(
       moved['blocks']['moe']['bias'],
       [[-0.5, 0.5, 0.5, 0, 0, 0, 0, 0], [0] * 8],
@@ -100,9 +106,9 @@ class BalanceTest(parameterized.TestCase):
     cfg = small.run_config(
       optim={'bias_rate': 0.5, 'bias_decay': decays, 'final': 0.1}
     )
-    load = {'blocks': jnp.arange(16.0).reshape(2, 8)}
+    load = {'blocks': np.arange(16, dtype=np.float32).reshape(2, 8)}
     last = jnp.int32(cfg.steps - 1)
-    moved = step.balance(small.weights(cfg), load, cfg, last)
+    moved = balance(small.weights(cfg.model), load, cfg, last)
     np.testing.assert_allclose(
       np.abs(moved['blocks']['moe']['bias']), expected, rtol=1e-5
     )
