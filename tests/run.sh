@@ -60,7 +60,6 @@ get_libtpu() {
 
 bash launch/env.sh tests/requirements.txt
 marks='not heavy and not exhaustive and not device'
-processes=2
 if [[ $level != light ]]; then
   get_chromium
   # An environment of its own: it is made beside the rest.
@@ -71,14 +70,12 @@ if [[ $level != light ]]; then
   bash launch/env.sh launch/ray.txt
   wait "$oracle"
   marks='not exhaustive and not device'
-  processes=3
 fi
 [[ $level == exhaustive ]] && marks='not device'
-# Two processes, since more only divide two cores further, and a third where
-# heavy tests wait for hosts, clocks and kills. A file stays in one, which
-# compiles its programs once; files run in conftest.py's order. A process that
-# crashed ends the run: started again, pytest-xdist 3.8 waits for ever with
-# these settings.
-exec .venv/bin/python -m pytest -n "$processes" --dist loadfile \
+# Two processes: more only divides two cores further. A file stays in one
+# process, which compiles its programs once; files run in conftest.py's order.
+# A process that crashed ends the run: started again, pytest-xdist 3.8 waits for
+# ever with these settings.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile \
   --no-loadscope-reorder --max-worker-restart=0 -m "$marks" \
   ${arguments[@]+"${arguments[@]}"}

@@ -173,7 +173,12 @@ class DevicePart:
 
 def _zeros(shape, dtype, device) -> jax.Array:
   with host.alone(device):
-    return jax.jit(lambda: jax.numpy.zeros(shape, dtype))()
+    return _fill(tuple(shape), dtype)
+
+
+@jax.jit(static_argnums=(0, 1))
+def _fill(shape, dtype):
+  return jax.numpy.zeros(shape, dtype)
 
 
 @jax.jit(donate_argnums=0)
