@@ -209,9 +209,15 @@ def fingerprint(source: Source) -> str:
       row = sorted(source[int(index)].items())
     except ValueError:
       row = 'broken'
-    text = json.dumps(row, default=lambda value: np.asarray(value).tolist())
+    text = json.dumps(row, default=_plain, skipkeys=True)
     digest.update(text.encode() + b'\n')
   return f'{count} rows, like {digest.hexdigest()[:12]}'
+
+
+def _plain(value: Any) -> Any:
+  """What stands in a digest for what JSON does not know."""
+  arrays = np.ndarray | np.generic
+  return value.tolist() if isinstance(value, arrays) else type(value).__name__
 
 
 KINDS = {'files': Files, 'jsonl': JsonLines, 'array_record': ArrayRecord}

@@ -130,7 +130,8 @@ class SourcesTest(parameterized.TestCase):
       sources.make(kind, path.format(dir=self.dir))
 
   def test_a_fingerprint_is_of_rows(self):
-    rows = [{'text': f'row {i}', 'weights': np.ones(2)} for i in range(300)]
+    odd = {'weights': np.ones(2), 'made': {1: object(), (2, 3): np.int8(4)}}
+    rows = [{'text': f'row {i}', **odd} for i in range(300)]
     of = sources.fingerprint(sources.Memory(rows))
     self.assertStartsWith(of, '300 rows, like ')
     self.assertEqual(of, sources.fingerprint(sources.Memory(list(rows), 'x')))
