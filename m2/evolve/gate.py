@@ -148,10 +148,10 @@ def decide(
 def _above(
   what: str, effect: Effect, bound: float, cfg: m2_config.EvolveConfig
 ) -> tuple[bool, str]:
-  holds = effect.interval[0] > bound and effect.p <= (1 - cfg.confidence) / 2
-  return holds, (
+  most = (1 - cfg.confidence) / 2
+  return effect.interval[0] > bound and effect.p <= most, (
     f'{what} is {_words(effect)}, sign test p={effect.p:.3g}; lower bound to '
-    f'exceed {bound:+.1%}'
+    f'exceed {bound:+.1%}, p at most {most:.3g}'
   )
 
 
