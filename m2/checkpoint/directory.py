@@ -34,9 +34,7 @@ from m2.parallel import hosts, sharding
 FORMAT = 'm2-jax checkpoint 2'
 _WHOLE = 'value'  # file of a value that is not split
 _CHUNK = 2**26  # bytes of the embedding or the head that lie together
-_WORTH_A_PROGRAM = (
-  2**22
-)  # bytes of what each of the devices that hold it writes
+_WORTH_A_PROGRAM = 2**22  # bytes of a part that one of several devices writes
 _LISTED = 5  # mismatches that an error spells out
 
 
