@@ -385,10 +385,13 @@ def main() -> None:
       rows.append(measure(bench, case, programs, rate, flags.kernels))
     del bench, programs
     torch.cuda.empty_cache()
-    command = 'python -m tests.bench.decode_experts --tune'
     kind = jax.devices()[0].device_kind
     path = record.write(
-      'decode_experts', kind, rows, command=command, folder=flags.out
+      'decode_experts',
+      kind,
+      rows,
+      command=record.command('decode_experts'),
+      folder=flags.out,
     )
   print(path)
 

@@ -218,9 +218,14 @@ def main() -> None:
   if wrong := faults(found):
     raise SystemExit(f'FAILED: {"; ".join(wrong)}')
   device = provenance.environment()['processor']
-  command = f'python -m tests.bench.kills --kills={flags.kills}'
   print(
-    record.write('kills', device, [found], command=command, folder=flags.out)
+    record.write(
+      'kills',
+      device,
+      [found],
+      command=record.command('kills'),
+      folder=flags.out,
+    )
   )
 
 

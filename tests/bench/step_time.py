@@ -114,7 +114,7 @@ def main() -> None:
       'step_time',
       device_name(),
       rows,
-      command='python -m tests.bench.step_time',
+      command=record.command('step_time'),
       folder=flags.out,
     )
   )

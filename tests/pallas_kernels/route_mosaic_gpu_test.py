@@ -125,7 +125,7 @@ class RouteTest(parameterized.TestCase):
     self.assertEqual(dscore_ME.shape, dwant_ME.shape)
     self.assertLess(float(errors(dscore_ME, dwant_ME)), WEIGHT_TOLERANCE)
     self.assertFalse(np.asarray(dbias_E).any())
-    if min_k < top_k and tokens > 1:
+    if min_k < top_k and tokens > 10:  # few may all use every choice
       self.assertTrue((np.asarray(index_MX) == experts).any())
 
   def test_order_is_that_of_floats(self):
