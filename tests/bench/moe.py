@@ -1,7 +1,7 @@
 """The whole expert layer at the shapes of M2, against peers.
 
     python -m tests.bench.moe [--tokens T ...] [--routings R ...]
-      [--peers NAME ...] [--out FOLDER]
+      [--peers NAME ...] [--part NAME] [--out FOLDER]
 
 Needs one Hopper GPU and PyTorch. Liger's fused MoE, on matrices in the order
 that it wants, and tokamax, with the tiles that it picks without a search, take
@@ -12,12 +12,13 @@ matrices. The first peer is what PyTorch users write: a sort, `grouped_mm` and
 element-wise glue, run eagerly (`torch`) and compiled (`torch.compile`).
 
 Every contender's output is compared before it is timed, and all our gradients;
-results are written as they come. Contenders take turns, round by round, since a
-warm GPU lowers its clock; a round is a few calls, timed by the host until the
-last has finished. `saved` is what a contender keeps for the backward pass,
-beside its inputs and weights. `floor` is the larger of the operations at the
-rate of a dense product and of the bytes that a fused layer must move, each
-once, at the rate of a copy, both measured in the same run.
+results are written as they come, with `--part` to a file of that name beside
+the device's. Contenders take turns, round by round, since a warm GPU lowers its
+clock; a round is a few calls, timed by the host until the last has finished.
+`saved` is what a contender keeps for the backward pass, beside its inputs and
+weights. `floor` is the larger of the operations at the rate of a dense product
+and of the bytes that a fused layer must move, each once, at the rate of a copy,
+both measured in the same run.
 """
 
 import argparse
@@ -384,6 +385,7 @@ def main() -> None:
   parser.add_argument('--experts', type=int, nargs='*', default=[256, 32])
   parser.add_argument('--routings', nargs='*', default=list(ROUTINGS))
   parser.add_argument('--peers', nargs='*', choices=PEERS, default=PEERS)
+  parser.add_argument('--part', default='')
   flags = parser.parse_args()
   refusal = mosaic_gpu.refusal(jnp.dtype('bfloat16'), (WIDE, HIDDEN))
   if refusal:
@@ -404,6 +406,7 @@ def main() -> None:
         rows,
         command=record.command('moe'),
         folder=flags.out,
+        part=flags.part,
       )
     torch.cuda.empty_cache()
   print(path)

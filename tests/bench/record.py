@@ -56,8 +56,9 @@ def write(
   *,
   command: str,
   folder: pathlib.Path = RESULTS,
+  part: str = '',
 ) -> pathlib.Path:
-  """Writes one result file, replacing that of the same bench and device.
+  """Writes one result file, replacing that of the same bench, device and part.
 
   Args:
     bench: name of the benchmark.
@@ -65,12 +66,13 @@ def write(
     rows: what was measured, one dictionary a case.
     command: the words that measure it again.
     folder: where the file goes.
+    part: names a run that stands beside the others of its bench and device.
 
   Returns:
     The file's path.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  path = folder / f'{bench}-{slug(device)}.json'
+  path = folder / f'{bench}-{slug(f"{device} {part}")}.json'
   provenance.write_json(
     path,
     {
