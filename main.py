@@ -7,9 +7,11 @@ main.py ...` goes without.
 """
 
 import contextlib
+import fcntl
 import importlib
 import os
 import pathlib
+import re
 import sys
 import traceback
 
@@ -59,6 +61,12 @@ def main(_) -> None:
   kept = workdir / 'config.json'
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and in_use(workdir):
+      stop(
+        f'{workdir} is in use by another process; give each run its own '
+        '--workdir',
+        1,
+      )
     before = kept.read_bytes() if kept.exists() else b''
     if rank == 0:
       keep(kept, (CONFIG.value.to_json(indent=2) + '\n').encode())
@@ -74,8 +82,8 @@ def main(_) -> None:
     with contextlib.suppress(OSError):  # the disk may be what failed
       text = traceback.format_exc()
       details.write_text(text, encoding='utf-8', errors='backslashreplace')
-      # A refusal leaves no mark, unless the run was under way already.
-      if rank == 0 and refused and before and sizes(workdir) == recorded:
+      # The config stays that of what was recorded last.
+      if rank == 0 and before and sizes(workdir) == recorded:
         keep(kept, before)
     if not ours and not refused and not isinstance(error, OSError):
       traceback.print_exc()  # a bug, not a message to the user
@@ -84,7 +92,8 @@ def main(_) -> None:
     where = ''.join(f'{note}; ' for note in notes if '\n' not in note)
     code = 2 if refused else 1
     stop(f'{error} ({where}details: {details})', code)
-  if rank == 0 and (unread := settings.unread(config)):
+  unread = [path for path in settings.unread(config) if given(path)]
+  if rank == 0 and unread:
     print(f'no code read these settings: {", ".join(unread)}', file=sys.stderr)
 
 
@@ -129,18 +138,37 @@ def parse(argv: list[str]) -> list[str]:
   """Reads flags, config file and overrides; wrong ones end in one line."""
   try:
     left = flags.FLAGS(argv)
-    given = CONFIG.value is not None and CONFIG.value.to_dict()
+    config = CONFIG.value is not None and CONFIG.value.to_dict()
   except Exception as error:  # config files are code: anything may come
     stop(common.explain(error, argv), 2)
-  if left[1:] or not given:
+  if left[1:]:
+    stop(f'{left[1]!r} is no flag: settings are --config.NAME=VALUE', 2)
+  if not config:
     stop('give --config=FILE, such as --config=configs/m2.py:tiny', 2)
   logging.set_verbosity(logging.WARNING)
   return left
 
 
+def given(path: str) -> bool:
+  """Whether the command line sets the leaf: by a flag or in the argument."""
+  leaf = rf'(:|,|--?config\.){re.escape(path)}(=|$)'
+  return any(re.search(leaf, word.replace(' ', '')) for word in sys.argv)
+
+
+def in_use(workdir: pathlib.Path) -> bool:
+  """Whether another run holds the lock of m2/checkpoint/store.py."""
+  with contextlib.suppress(FileNotFoundError):
+    with (workdir / 'checkpoints' / '.lock').open() as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return True
+  return False
+
+
 def sizes(workdir: pathlib.Path) -> dict[str, int]:
-  """Bytes of what runs record step by step."""
-  return {path.name: path.stat().st_size for path in workdir.glob('*.jsonl')}
+  """Bytes of what runs, and stages below them, record step by step."""
+  return {str(file): file.stat().st_size for file in workdir.rglob('*.jsonl')}
 
 
 def keep(path: pathlib.Path, data: bytes) -> None:

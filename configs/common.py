@@ -158,11 +158,13 @@ def explain(error: BaseException, argv: Sequence[str]) -> str:
   if len(lines) > 1 and 'Traceback' in str(error):
     text = f'{lines[0].split(": ")[0]}: {text.partition(": ")[2] or text}'
   if isinstance(error, AttributeError | KeyError):
-    # Only the last name of the path is in the message, however quoted.
-    name = re.search(r'\w+', str(error).replace('\\n', ' '))
+    # Only the name that is not there is in the message, however quoted; below
+    # a leaf, the path.
+    said = str(error).replace('\\n', ' ')
+    name = re.search(r'(?<=lookup: )[\w.]+', said) or re.search(r'\w+', said)
     near = re.search(r'Did you mean "(\w+)"', str(error))
     for given in argv:
-      if name and re.match(rf'--?\w+\.([\w.]+\.)?{name[0]}(=|$)', given):
+      if name and re.match(rf'--?\w+\.([\w.]+\.)?{name[0]}([.=]|$)', given):
         text = f'{given}: no such setting'
     text += f'; did you mean {near[1]}?' if near else ''
   return text

@@ -24,11 +24,15 @@ class StopReason(enum.StrEnum):
 
 
 class Outcome(enum.StrEnum):
-  """What a reward means. Only SCORE enters group statistics."""
+  """What a reward means. Only SCORE enters group statistics.
+
+  What the agent's artifact does in every replay is its own: one that exhausts
+  a limit which no clock decides is a SCORE that did not pass.
+  """
 
   SCORE = 'score'  # the verifier judged the artifact
   INFRA = 'infra'  # the sandbox or verifier failed, not the agent
-  TIMEOUT = 'timeout'  # the episode ran out of wall-clock time
+  TIMEOUT = 'timeout'  # wall-clock time ran out
   TAMPER = 'tamper'  # the agent touched what it must not
 
 

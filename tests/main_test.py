@@ -13,6 +13,7 @@ import unittest.mock
 
 from absl.testing import absltest, parameterized
 
+from m2.checkpoint import store
 from m2.data import tokenizer
 from tests import folders
 from tests.train import small, worker
@@ -132,7 +133,19 @@ class MainTest(parameterized.TestCase):
     kept = json.loads((workdir / 'config.json').read_text())
     self.assertEqual(kept['steps'], 12)
 
-  def failing(self, workdir, *lines):
+  def test_a_run_that_is_under_way_is_left_alone(self):
+    workdir = self.folder / 'in use'
+    workdir.mkdir()
+    (workdir / 'config.json').write_text('{"seed": 1}')
+    with store.Store(workdir / 'checkpoints'):
+      run = self.main('--config=configs/m2.py:tiny', workdir=workdir)
+    self.assertEqual(run.returncode, 1)
+    self.assertRegex(run.stderr, 'in use is in use by another process; .*own')
+    self.assertLen(run.stderr.splitlines(), 1)
+    self.assertEqual((workdir / 'config.json').read_text(), '{"seed": 1}')
+    self.assertFalse((workdir / 'error.txt').exists())
+
+  def failing(self, workdir, *lines, words=()):
     """main.py with seed 7 whose run is these lines."""
     code = [
       'import main',
@@ -141,13 +154,20 @@ class MainTest(parameterized.TestCase):
       'main.run = run',
       'main.app.run(main.main, flags_parser=main.parse)',
     ]
-    words = '--config=configs/m2.py:tiny,seed=7', f'--workdir={workdir}'
+    words = '--config=configs/m2.py:tiny,seed=7', f'--workdir={workdir}', *words
     return subprocess.run(
       [sys.executable, '-c', '\n'.join(code), *words],
       cwd=ROOT,
       capture_output=True,
       text=True,
     )
+
+  def test_settings_that_were_given_and_not_read_are_named(self):
+    for words, said in ((), ''), (('--config.model.layers=1',), 'model.layers'):
+      run = self.failing(self.folder / 'unread', 'pass', words=words)
+      self.assertEqual(run.returncode, 0, run.stderr)
+      unread = f'no code read these settings: seed{said and ", " + said}\n'
+      self.assertEqual(run.stderr, unread)
 
   def test_messages_that_are_no_text_are_still_one_line(self):
     workdir = self.folder / 'surrogate'
@@ -159,9 +179,15 @@ class MainTest(parameterized.TestCase):
     self.assertLen(run.stderr.splitlines(), 1)
     self.assertIn('ud800', (workdir / 'error.txt').read_text())
 
-  @parameterized.parameters((True, 7), (False, 1))
-  def test_one_that_ends_under_way_keeps_its_own(self, recorded, seed):
-    workdir = self.folder / f'under-way-{recorded}'
+  @parameterized.parameters(
+    (True, 7, 'ValueError', 2),
+    (False, 1, 'ValueError', 2),
+    (False, 1, 'OSError', 1),
+  )
+  def test_one_that_ends_under_way_keeps_its_own(
+    self, recorded, seed, kind, code
+  ):
+    workdir = self.folder / f'under-way-{recorded}-{kind}'
     workdir.mkdir()
     (workdir / 'metrics.jsonl').write_text('{"step": 1}\n')
     (workdir / 'config.json').write_text('{"seed": 1}')
@@ -169,9 +195,9 @@ class MainTest(parameterized.TestCase):
       workdir,
       f'with open(workdir / "metrics.jsonl", "a") as file: '
       f'file.write("x" * {int(recorded)})',
-      'raise ValueError("row 3 is broken")',
+      f'raise {kind}("row 3 is broken")',
     )
-    self.assertEqual(run.returncode, 2, run.stderr)
+    self.assertEqual(run.returncode, code, run.stderr)
     self.assertIn('row 3 is broken', run.stderr)
     kept = json.loads((workdir / 'config.json').read_text())
     self.assertEqual(kept['seed'], seed)

@@ -31,7 +31,7 @@ MICRO = {
   'seed': 3,
   'steps': 2,
   'model.d_model': 32,
-  'model.layers': 2,
+  'model.layers': 1,
   'model.heads': 4,
   'model.kv_heads': 2,
   'model.head_dim': 8,
@@ -53,7 +53,8 @@ MICRO = {
   'agent.max_new': 8,
   'eval.tasks': 3,
 }
-MESH = {'mesh.fsdp': 2, 'mesh.expert': 2}  # data is -1: what is left of 8
+# Data is -1: what is left of 8.
+MESH = {'mesh.fsdp': 2, 'mesh.expert': 2, 'model.layers': 2}
 
 
 def config(form: str, **changes: Any) -> m2_config.RunConfig:

@@ -125,7 +125,14 @@ class RefusalTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ('unknown_key', ['--config.model.layer=3'], 'layer'),
-    ('unknown_section', ['--config.modle.layers=3'], 'modle'),
+    (
+      'unknown_section',
+      ['--config.optm.lr=3'],
+      'error: --config.optm.lr=3: no such setting; did you mean optim?',
+    ),
+    ('no_section', ['--config.xyz.x=2'], '--config.xyz.x=2: no such setting'),
+    ('below_a_leaf', ['--config.seed.x=2'], '--config.seed.x=2: no such'),
+    ('stray_word', ['extra'], "'extra' is no flag"),
     ('wrong_type', ['--config.model.layers=many'], 'layers'),
     ('not_a_whole_number', ['--config.steps=1.5'], 'steps'),
     ('impossible_alone', ['--config.model.layers=0'], 'layers=0'),
@@ -133,6 +140,8 @@ class RefusalTest(parameterized.TestCase):
     ('too_many_chosen', ['--config.model.top_k=999'], 'top_k=999'),
     ('not_finite', ['--config.optim.lr=inf'], 'optim.lr=inf'),
     ('no_key', ['--config.seed=4294967296'], 'seed=4294967296'),
+    ('too_many', ['--config.steps=2147483648'], 'steps=2147483648: the larg'),
+    ('too_long', ['--config.log.every=2147483648'], 'log.every=2147483648'),
   )
   def test_one_line_and_exit_code_two(self, overrides, named):
     self.refuse(['--config=configs/m2.py:tiny', *overrides], named)

@@ -105,7 +105,8 @@ class Story(parameterized.TestCase):
     self.assertLen(report.rows, play.MICRO['eval.tasks'])
 
   def test_conversion_and_back_keeps_every_weight(self):
-    model = play.config('configs/sft.py:tiny').model
+    mesh = play.MESH if self.devices > 1 else {}
+    model = play.config('configs/sft.py:tiny', **mesh).model
     before, after = (
       store.load_params(self.root / name, model) for name in ('rl', 'again')
     )

@@ -17,15 +17,14 @@ def keep(messages: Sequence[types.Message]) -> Sequence[types.Message]:
 
 
 def truncate(limit: int) -> Policy:
-  """Shortens all but the newest tool answers to `limit` characters."""
+  """Shortens tool answers that the model has replied to, to `limit`."""
 
   def shorten(messages: Sequence[types.Message]) -> Sequence[types.Message]:
-    last = max(
-      (i for i, m in enumerate(messages) if m.role == 'tool'), default=-1
-    )
+    replied = [i for i, m in enumerate(messages) if m.role == 'assistant']
+    last = replied[-1] if replied else -1
     return [
       types.Message('tool', message.content[:limit])
-      if message.role == 'tool' and index != last
+      if message.role == 'tool' and index < last
       else message
       for index, message in enumerate(messages)
     ]

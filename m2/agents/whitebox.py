@@ -59,9 +59,8 @@ class WhiteBox:
       messages.append(reply)
       if stop != types.StopReason.EOS:
         break
-      problems = [*reply.errors, *map(tools.problem, reply.tool_calls)]
-      problems = [problem for problem in problems if problem]
-      malformed += bool(problems)
+      problems = [tools.problem(request) for request in reply.tool_calls]
+      malformed += bool(reply.errors or any(problems))
       answers, finished = await self._act(reply, problems, workspace)
       messages += answers
       if not answers:
@@ -81,16 +80,20 @@ class WhiteBox:
     problems: Sequence[str],
     workspace: types.Workspace,
   ) -> tuple[Sequence[types.Message], bool]:
-    """Answers of the tools, and whether the agent is done."""
-    answers = [types.Message('tool', f'error: {p}') for p in problems]
-    for request in reply.tool_calls:
-      if tools.problem(request):
-        continue
-      if request.name == tools.FINISH and not problems:
+    """Answers of the tools, and whether the agent is done.
+
+    Only their order says which call they answer: one each, with its problem if
+    it has one, then the errors that belong to no call.
+    """
+    answers, sound = [], not (reply.errors or any(problems))
+    for request, problem in zip(reply.tool_calls, problems):
+      if request.name == tools.FINISH and sound:
         return answers, True
-      answers.append(
-        types.Message('tool', await tools.call(request, workspace))
-      )
+      answer = f'error: {problem}'
+      if not problem:
+        answer = await tools.call(request, workspace)
+      answers.append(types.Message('tool', answer))
+    answers += [types.Message('tool', f'error: {e}') for e in reply.errors]
     return answers, False
 
   def _sampling(self, seed: int, turn: int) -> types.Sampling:

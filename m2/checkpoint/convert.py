@@ -48,7 +48,7 @@ def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
   if storage.is_url(ours):
     raise ValueError(f'{ours}: the checkpoint of a run is on a disk, not a URL')
   if not storage.is_url(target):
-    _check_empty(pathlib.Path(target))
+    _check_free(pathlib.Path(target), begun=not to_public)
   folder = source
   if to_public:
     if storage.is_url(source) or any(
@@ -78,8 +78,14 @@ def run(config: settings.RunConfig, workdir: pathlib.Path) -> None:
   )
 
 
-def _check_empty(target: pathlib.Path) -> None:
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+def _check_free(target: pathlib.Path, begun: bool) -> None:
+  """Refuses a target with anything in it but what `_to_run` has begun."""
+  full = target.exists() and not target.is_dir()
+  names = {x.name for x in target.iterdir()} if target.is_dir() else set()
+  made = target / 'checkpoints'
+  if begun and made.is_dir() and not store.steps_in(made):
+    names -= {made.name, *_BESIDE}
+  if full or names:
     raise FileExistsError(
       f'convert.target={target} is there already: give an empty directory'
     )
@@ -105,6 +111,11 @@ def _to_run(source, target, mesh, dtype, beside) -> settings.ModelConfig:
   model = settings.to_config(cfg).to_dict()
   target = pathlib.Path(target)
   with store.Store(target / 'checkpoints') as checkpoints:
+    for name in _BESIDE:
+      (target / name).unlink(missing_ok=True)
+    for name, data in beside.items():
+      (target / name).write_bytes(data)
+    # Last: the step appears at once, and without it there is no conversion.
     checkpoints.save(
       {'params': params},
       None,
@@ -112,6 +123,4 @@ def _to_run(source, target, mesh, dtype, beside) -> settings.ModelConfig:
       extra={'config': {'model': model}},
       asynchronous=False,
     )
-  for name, data in beside.items():
-    (target / name).write_bytes(data)
   return cfg

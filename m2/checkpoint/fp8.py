@@ -39,6 +39,13 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
   return -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
 
 
+def broken(data: np.ndarray) -> bool:
+  """Whether a code in bytes, uint8[N], is not a number: 0x7F or 0xFF."""
+  # The largest numbers of 8 bits, with and without a sign.
+  signed = data.view(np.int8)
+  return data.max(initial=0) == 0xFF or signed.max(initial=0) == 0x7F
+
+
 def dequantise(
   code_RC: np.ndarray,
   scale_rc: np.ndarray,

@@ -81,9 +81,9 @@ def load(
   Raises:
     FileNotFoundError: no such checkpoint, or shards are not there.
     OSError: files cannot be read.
-    ValueError: a file is corrupt; config.json, if there is one, says otherwise
-      than `cfg`; or tensors are missing, unexpected, of another shape or type:
-      one error that lists them.
+    ValueError: a file is corrupt or an FP8 weight NaN; config.json, if there is
+      one, says otherwise than `cfg`; or tensors are missing, unexpected, of
+      another shape or type: one error that lists them.
   """
   path = os.fspath(path)
   dtype = cfg.param_dtype if dtype is None else jnp.dtype(dtype).name
@@ -108,7 +108,7 @@ def load(
     places = sharding.param_shardings(leaves, mesh)
   parts = _parts(cfg, leaves, places)
   needs = [
-    planes.Need(tensors[name], slot, scales.get(name + _SCALE))
+    planes.Need(name, tensors[name], slot, scales.get(name + _SCALE))
     for name, slot in slots.items()
   ]
   stream.read(folder, stream.stretches(needs, parts), in_flight, path)

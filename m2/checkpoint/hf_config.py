@@ -38,11 +38,13 @@ _OPTIONAL: dict[str, tuple[str, Any]] = {
   'rms_norm_eps': ('norm_eps', 1e-6),
   'initializer_range': ('init_std', 0.02),
 }
+_ARCHITECTURE = 'MiniMaxM2ForCausalLM'
 _THETA = 5e6
 _FACTOR = 1.0  # of head_dim that is rotated, where nothing says how much
 
 # Keys that change the function or its training, with the only values this
-# model has. Absent means the first. Keys of no effect on it are not read.
+# model has. Absent or null means the first. Keys of no effect on it are not
+# read.
 _FIXED: dict[str, tuple[Any, ...]] = {
   'hidden_act': ('silu',),
   'scoring_func': ('sigmoid',),
@@ -62,6 +64,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
   'norm_topk_prob': (True,),
   'routed_scaling_factor': (1, None),
   'n_group': (1, None),
+  'num_expert_group': (1, None),
+  'topk_group': (1, None),
   'mtp_transformer_layers': (1,),
 }
 
@@ -125,14 +129,14 @@ def read(path: str | os.PathLike) -> config.ModelConfig:
   if not isinstance(tree, dict):
     raise ValueError(f'{file}: not a JSON object')
   errors: list[str] = []
-  if tree.get('model_type') != 'minimax_m2':
-    errors.append(f'model_type={tree.get("model_type")!r}, not minimax_m2')
+  _refuse_kind(tree, errors)
   fields = _shape(tree, errors)
   _refuse(tree, _FIXED, '', errors)
   _refuse_layers(tree, errors)
   if quantisation := tree.get('quantization_config'):
     if isinstance(quantisation, dict):
-      quantisation = {'quant_method': None, **quantisation}
+      method = quantisation.get('quant_method') or 'missing'
+      quantisation = {**quantisation, 'quant_method': method}
       _refuse(quantisation, _QUANTISATION, 'quantization_config.', errors)
     else:
       errors.append(f'quantization_config={quantisation!r} is not an object')
@@ -161,6 +165,8 @@ def _shape(tree: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
       errors.append(f'{key}: missing')
       continue
     value = tree.get(key, *default)
+    if value is None and default and key != 'head_dim':
+      value = default[0]
     if kinds[field] is float and type(value) is int and abs(value) < 1e300:
       value = float(value)
     if type(value) is not kinds[field]:
@@ -173,10 +179,20 @@ def _shape(tree: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
 
 def _refuse(tree, table, prefix: str, errors: list[str]) -> None:
   for key, allowed in table.items():
-    if key in tree and tree[key] not in allowed:
+    # Where the model has a switch on, null would leave it off.
+    absent = key not in tree or (tree[key] is None and allowed[0] is not True)
+    if not absent and tree[key] not in allowed:
       errors.append(
         f'{prefix}{key}={tree[key]!r}: this model has {allowed[0]!r} only'
       )
+
+
+def _refuse_kind(tree: Mapping[str, Any], errors: list[str]) -> None:
+  """Another model; `minimax` is an older one, unless the architecture is M2."""
+  kind, names = tree.get('model_type'), tree.get('architectures')
+  named = isinstance(names, list) and _ARCHITECTURE in names
+  if kind != 'minimax_m2' and not (kind == 'minimax' and named):
+    errors.append(f'model_type={kind!r}, not minimax_m2')
 
 
 def _refuse_layers(tree: Mapping[str, Any], errors: list[str]) -> None:
@@ -208,7 +224,7 @@ def _rotary(tree, head_dim: int, errors: list[str]) -> dict[str, Any]:
     if not isinstance(form, dict):
       errors.append(f'{name}={form!r} is not an object')
       return {}
-    kind = form.get('rope_type', form.get('type', 'default'))
+    kind = form.get('rope_type') or form.get('type') or 'default'
     if kind != 'default' or any(isinstance(x, dict) for x in form.values()):
       errors.append(f'{name}={form!r}: this model has one plain rotation only')
   found = {'rope_theta': [], 'partial_rotary_factor': [], 'rotary_dim': []}
@@ -265,7 +281,7 @@ def to_json(cfg: config.ModelConfig, dtype: str) -> dict[str, Any]:
     )
   weights = 'float32' if dtype == 'float32' else 'bfloat16'
   tree = {
-    'architectures': ['MiniMaxM2ForCausalLM'],
+    'architectures': [_ARCHITECTURE],
     'model_type': 'minimax_m2',
     **{key: getattr(cfg, field) for key, field in _SHAPE.items()},
     **{key: getattr(cfg, field) for key, (field, _) in _OPTIONAL.items()},

@@ -26,11 +26,13 @@ class Need:
   """One tensor of a file and where it goes.
 
   Attributes:
-    tensor: the tensor.
+    name: of the tensor.
+    tensor: where it lies.
     slot: its place in the leaf.
     scale: of a block-FP8 tensor, else None.
   """
 
+  name: str
   tensor: shards.Tensor
   slot: hf_names.Slot
   scale: np.ndarray | None = None

@@ -85,6 +85,8 @@ def stretches(
 
 
 def _give(need: planes.Need, first: int, takers, data: np.ndarray) -> None:
+  if need.tensor.dtype == 'F8_E4M3' and fp8.broken(data):
+    raise ValueError(f'{need.tensor.file}: {need.name}: a weight is NaN')
   columns = math.prod(need.slot.shape[1:])
   x_RC = data.view(shards.DTYPES[need.tensor.dtype]).reshape(-1, columns)
   for part in takers:

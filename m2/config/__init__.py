@@ -18,7 +18,7 @@ from m2.config.acting import (
   StagesConfig,
   TasksConfig,
 )
-from m2.config.base import Settings
+from m2.config.base import Settings, check
 from m2.config.run import MODES, RunConfig, to_config, unread
 from m2.config.training import (
   CheckpointConfig,
@@ -53,6 +53,7 @@ __all__ = [
   'Settings',
   'StagesConfig',
   'TasksConfig',
+  'check',
   'to_config',
   'unread',
 ]

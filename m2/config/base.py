@@ -37,6 +37,19 @@ def section(cls):
   return dataclasses.dataclass(frozen=True, eq=False)(cls)
 
 
+def check(settings: Settings) -> None:
+  """Checks a section that was made in Python; checking is not using.
+
+  Raises:
+    ValueError: a value that makes no sense; names it.
+  """
+  before = frozenset(Settings.READS)
+  try:
+    settings._check()
+  finally:
+    Settings.READS.intersection_update(before)
+
+
 def require(condition: bool, message: str) -> None:
   if not condition:
     raise ValueError(message)

@@ -165,6 +165,8 @@ def _freeze(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     value = float(value)
   if type(value) is float and not math.isfinite(value):
     errors.append(f'{path}={value}: expected a finite number')
+  if type(value) is int and value >= 2**31:  # devices count in 32 bits
+    errors.append(f'{path}={value}: the largest is {2**31 - 1}')
   if type(value) is not hint:
     errors.append(
       f'{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}'

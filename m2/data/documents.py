@@ -49,7 +49,7 @@ class Documents:
 
   def _ready(self, row: sources.Row) -> packing.Document:
     """Checks ready-made tokens; those with weights are kept in one piece."""
-    weighted = 'weights' in row
+    weighted = row.get('weights') is not None
     try:
       tokens = np.asarray(row['tokens'])
       weights = np.asarray(row['weights'] if weighted else np.ones(len(tokens)))
@@ -109,11 +109,12 @@ def _document(tokens: Any, weights: Any, *, whole: bool) -> packing.Document:
 
 def _shape(row: sources.Row) -> str:
   """Which of the three shapes of rows this is."""
-  shapes = [key for key in ('text', 'messages', 'tokens') if key in row]
+  given = sorted(key for key in row if row[key] is not None)
+  shapes = [key for key in ('text', 'messages', 'tokens') if key in given]
   if len(shapes) != 1:
     raise ValueError(
-      'a row needs exactly one of text, messages and tokens; it has the keys '
-      f'{sorted(row)}'
+      'a row needs exactly one of text, messages and tokens; without nulls it '
+      f'has the keys {given}'
     )
   if shapes == ['text'] and not isinstance(row['text'], str):
     raise ValueError(f'text is {row["text"]!r:.100}: expected a string')
@@ -125,7 +126,7 @@ def _render(row: sources.Row, keep_all_reasoning: bool) -> template.Rendered:
     if not isinstance(row.get(key), list | tuple | types.NoneType):
       raise ValueError(f'{key} is {row[key]!r:.100}: expected a list')
   return template.render(
-    row['messages'] or (),
+    row['messages'],
     row.get('tools'),
     keep_all_reasoning=keep_all_reasoning,
   )

@@ -16,15 +16,15 @@ END: Token = ('', '')
 
 INVOKE = '<invoke name="'
 PARAMETER = '<parameter name="'
-_FIXED = (
+# Tags that are one special token each; the others are text for any tokenizer.
+SPECIAL = (
   markup.THINK,
   markup.THINK_END,
   markup.CALLS,
   markup.CALLS_END,
-  markup.INVOKE_END,
-  markup.PARAMETER_END,
   markup.EOS,
 )
+_TEXT = (markup.INVOKE_END, markup.PARAMETER_END)
 
 
 def _starts(tag: str) -> str:
@@ -35,34 +35,48 @@ def _starts(tag: str) -> str:
   return re.escape(tag[0]) + pattern
 
 
-_WHOLE = '|'.join(
-  [re.escape(tag) for tag in _FIXED]
-  + [f'{tag}{markup.NAME}">' for tag in (INVOKE, PARAMETER)]
-)
-_START = '|'.join(
-  [_starts(tag) for tag in (*_FIXED, INVOKE, PARAMETER)]
-  + [f'{tag}(?:{markup.NAME})?"?' for tag in (INVOKE, PARAMETER)]
-)
-# The leftmost match wins, so a start that may yet become a tag goes before a
-# whole tag inside its name.
-_TAG = re.compile(f'(?P<whole>{_WHOLE})')
-_TAG_OR_START = re.compile(f'(?P<whole>{_WHOLE})|(?:{_START})\\Z')
+def _patterns(fixed: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
+  """A whole tag, and a whole tag or the start of one at the text's end."""
+  whole = '|'.join(
+    [re.escape(tag) for tag in fixed]
+    + [f'{tag}{markup.NAME}">' for tag in (INVOKE, PARAMETER)]
+  )
+  start = '|'.join(
+    [_starts(tag) for tag in (*fixed, INVOKE, PARAMETER)]
+    + [f'{tag}(?:{markup.NAME})?"?' for tag in (INVOKE, PARAMETER)]
+  )
+  # The leftmost match wins, so a start that may yet become a tag goes before a
+  # whole tag inside its name.
+  return (
+    re.compile(f'(?P<whole>{whole})'),
+    re.compile(f'(?P<whole>{whole})|(?:{start})\\Z'),
+  )
+
+
+_SPELLED = _patterns((*SPECIAL, *_TEXT))
+_PLAIN = _patterns(_TEXT)
 
 
 class Lexer:
   """Holds the text that is not yet decided."""
 
-  def __init__(self):
-    """Starts at the beginning of a message."""
+  def __init__(self, spelled: bool = True):
+    """Starts at the beginning of a message.
+
+    Args:
+      spelled: the text spells special tags; where False, what looks like one
+        is text.
+    """
     self._held = ''
+    self._tag, self._tag_or_start = _SPELLED if spelled else _PLAIN
 
   def feed(self, text: str) -> Iterator[Token]:
     """Yields the tokens that `text` completes."""
-    return self._cut(self._held + text, _TAG_OR_START)
+    return self._cut(self._held + text, self._tag_or_start)
 
   def finish(self) -> Iterator[Token]:
-    """Yields what was held back; the message has ended."""
-    return self._cut(self._held, _TAG)
+    """Yields what was held back; the message or a run of it has ended."""
+    return self._cut(self._held, self._tag)
 
   def _cut(self, text: str, pattern: re.Pattern) -> Iterator[Token]:
     self._held = ''

@@ -44,6 +44,15 @@ _NUMBER = re.compile(r'\s*[+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?\s*')
 _BOOLEANS = {'true': True, '1': True, 'false': False, '0': False}
 # Kinds are tried in this order where a schema allows several: text fits all.
 _KINDS = ('integer', 'number', 'boolean', 'object', 'array', 'unknown')
+_TYPES = (*_KINDS, 'string', 'null')
+# Other names of types that the model's tool guide knows, in lower case.
+_ALIASES = {
+  'str': 'string',
+  'text': 'string',
+  'int': 'integer',
+  'float': 'number',
+  'bool': 'boolean',
+}
 _JSON_TYPES = {'object': dict, 'array': list}
 # bool comes before int, of which Python makes it one.
 _PYTHON_TYPES = {
@@ -109,12 +118,13 @@ def read_tools(
     schema = declared.get('parameters') or {}
     if not isinstance(schema, Mapping):
       raise ValueError(f'tool {declared["name"]}: parameters is no schema')
-    properties = schema.get('properties') or {}
-    if not isinstance(properties, Mapping):
-      raise ValueError(f'tool {declared["name"]}: properties is no mapping')
-    required = schema.get('required') or ()
-    if not isinstance(required, list | tuple):
-      raise ValueError(f'tool {declared["name"]}: required is no list')
+    properties: dict[str, list[Any]] = {}
+    required: dict[str, None] = {}
+    members = _members(schema)
+    for one in members:
+      for name, kind in _properties(declared['name'], one).items():
+        properties.setdefault(name, []).append(kind)
+      required.update(dict.fromkeys(_required(declared['name'], one)))
     for name in (declared['name'], *properties):
       if not (isinstance(name, str) and re.fullmatch(NAME, name)):
         raise ValueError(
@@ -122,11 +132,55 @@ def read_tools(
           'names have 1 to 256 letters, none of them " < > or a line break'
         )
     index[declared['name']] = Tool(
-      {name: _kinds(kind, schema) for name, kind in properties.items()},
+      {
+        name: _kinds({'allOf': kinds}, schema)
+        for name, kinds in properties.items()
+      },
       tuple(required),
-      schema.get('additionalProperties') is False,
+      any(one.get('additionalProperties') is False for one in members),
     )
   return index
+
+
+def _members(root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """The schemas that all hold at `root`: its own, its $ref's, its allOf's."""
+  found: list[Mapping[str, Any]] = []
+  followed: set[str] = set()
+  left: list[Any] = [root]
+  while left:
+    one = left.pop()
+    if not isinstance(one, Mapping):
+      continue
+    found.append(one)
+    place = one.get('$ref')
+    if isinstance(place, str) and place not in followed:
+      followed.add(place)
+      left.append(_referred(place, root))
+    options = one.get('allOf')
+    left += reversed(options) if isinstance(options, list | tuple) else ()
+  return found
+
+
+def _properties(name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+  properties = schema.get('properties') or {}
+  if not isinstance(properties, Mapping):
+    raise ValueError(
+      f'tool {name}: properties is {properties!r:.200}; expected a mapping'
+    )
+  return properties
+
+
+def _required(name: str, schema: Mapping[str, Any]) -> Sequence[str]:
+  required = schema.get('required') or ()
+  if not (
+    isinstance(required, list | tuple)
+    and all(isinstance(one, str) for one in required)
+  ):
+    raise ValueError(
+      f'tool {name}: required is {required!r:.200}; expected a list of '
+      'parameter names'
+    )
+  return required
 
 
 def _kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
@@ -141,8 +195,7 @@ def _kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     kinds = one.get('type')
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if isinstance(kinds, list | tuple):
-      known = (*_KINDS, 'string', 'null')
-      found.update(kind if kind in known else 'unknown' for kind in kinds)
+      found.update(map(_named, kinds))
       continue
     place = one.get('$ref')
     if isinstance(place, str) and place not in followed:
@@ -158,6 +211,13 @@ def _kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
       options = one.get(word)
       left += options if isinstance(options, list | tuple) else ()
   return frozenset(found) or frozenset(['string'])
+
+
+def _named(kind: Any) -> str:
+  """The type that a schema means by the name `kind`."""
+  name = kind.lower() if isinstance(kind, str) else ''
+  name = _ALIASES.get(name, name)
+  return name if name in _TYPES else 'unknown'
 
 
 def _referred(place: str, root: Mapping[str, Any]) -> Any:

@@ -1,7 +1,9 @@
 """Reads the model's own output: reasoning, visible text, tool calls.
 
-One machine serves both ways in: `parse` feeds it a whole text, a stream feeds
-it pieces, and any cutting gives the same message.
+One machine serves all ways in: `parse` feeds it a whole text, a stream feeds
+it pieces, and any cutting gives the same message. Whoever has the ids feeds
+special tokens apart from text, which then cannot spell one: a model that quotes
+`</think>` or a call of a tool in its reasoning has neither ended it nor called.
 
 What is malformed is reported and never guessed at. A block of calls whose
 structure is broken (a tag left open, text between tags, a block in a block)
@@ -113,11 +115,19 @@ class StreamParser:
     tools: Sequence[Mapping[str, Any]] | None = None,
     *,
     thinking: bool = False,
+    spelled: bool = True,
   ):
-    """See `parse` for the arguments and errors."""
+    """See `parse` for the other arguments and errors.
+
+    Args:
+      tools: of `parse`.
+      thinking: of `parse`.
+      spelled: text spells special tokens; where False, only `feed_special`
+        gives one.
+    """
     self._tools = markup.read_tools(tools)
     self._thinking = thinking
-    self._lexer = lexer.Lexer()
+    self._lexer = lexer.Lexer(spelled)
     self._finished = False
     self._state = self._start
     self._undecided: list[lexer.Token] = []
@@ -141,9 +151,19 @@ class StreamParser:
     Raises:
       ValueError: the parser is closed.
     """
-    if self._finished:
-      raise ValueError('this parser is closed; use a new one for a new message')
+    self._refuse_closed()
     return self._take(self._lexer.feed(text))
+
+  def feed_special(self, token: str) -> list[Event]:
+    """Takes a special token; one that is no tag stands for its characters.
+
+    Raises:
+      ValueError: the parser is closed.
+    """
+    self._refuse_closed()
+    if token not in lexer.SPECIAL:
+      return self.feed(token)
+    return self._take([*self._lexer.finish(), (token, '')])
 
   def finish(self) -> list[Event]:
     """Ends the text; returns what was held back. Twice is the same as once."""
@@ -162,6 +182,10 @@ class StreamParser:
       tool_calls=tuple(self._calls),
       errors=tuple(self._errors),
     )
+
+  def _refuse_closed(self) -> None:
+    if self._finished:
+      raise ValueError('this parser is closed; use a new one for a new message')
 
   def _take(self, tokens: Iterable[lexer.Token]) -> list[Event]:
     events = []

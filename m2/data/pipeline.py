@@ -175,33 +175,37 @@ def tokenizer(
   source: sources.Source | Sequence[sources.Row] | None,
   vocab: int,
   workdir: pathlib.Path,
+  *,
+  bound: bool,
 ) -> tokenizers.Tokenizer:
   """The run's tokenizer, kept as `<workdir>/tokenizer.json`.
 
-  It is the work directory's own if there is one, so that a resumed run cannot
-  change it; else the configured file; else one trained on the source.
+  It is the work directory's own if the run is bound to it, so that a resumed
+  run cannot change it; else the configured file; else one trained on the
+  source, which gives the same one every time.
 
   Args:
     cfg: names the tokenizer, and the source if none is given.
     source: rows to train on; None = the configured source.
     vocab: the model's vocabulary; no id may reach it.
     workdir: where it is kept.
+    bound: whether the one that is there was trained with; otherwise it is what
+      a start that came to nothing left, and is replaced.
 
   Raises:
     ValueError: the file is broken, the tokenizer is larger than `vocab`, or
       the configured one is not the one that the work directory holds.
   """
   kept = pathlib.Path(workdir) / 'tokenizer.json'
+  held = bound and kept.exists()
   if cfg.tokenizer:
     found = tokenizers.load(cfg.tokenizer)
-    if kept.exists():
-      held = tokenizers.load(kept)
-      if held.fingerprint() != found.fingerprint():
-        raise ValueError(
-          f'data.tokenizer={cfg.tokenizer} differs from {kept}, with which '
-          'this run began; use another workdir'
-        )
-  elif kept.exists():
+    if held and tokenizers.load(kept).fingerprint() != found.fingerprint():
+      raise ValueError(
+        f'data.tokenizer={cfg.tokenizer} differs from {kept}, with which '
+        'this run began; use another workdir'
+      )
+  elif held:
     found = tokenizers.load(kept)
   else:
     enough = min(vocab * _CHARACTERS_PER_ID, _MOST_CHARACTERS)
@@ -211,7 +215,7 @@ def tokenizer(
       f'the tokenizer has {found.size} ids but model.vocab={vocab}; raise '
       'model.vocab or use a smaller tokenizer'
     )
-  if not kept.exists():
+  if not held:
     found.save(kept)
   return found
 

@@ -6,11 +6,14 @@ A row is a dictionary of one of three shapes:
   {'messages': [...], 'tools': [...]}       a chat; the model's turns are
   {'tokens': [int], 'weights': [float]}     ready-made; weights are optional
 
+A key whose value is null counts as absent.
+
 Row i is always the same row, in any process, and reading one row reads no
 other: a broken row is an error of its own that says where it is.
 """
 
 import bisect
+import codecs
 import glob as globbing
 import hashlib
 import json
@@ -267,11 +270,14 @@ def _index_lines(path: pathlib.Path) -> np.ndarray:
   with open(path, 'rb') as file:
     while chunk := file.read(_SCAN):
       data = np.frombuffer(chunk, np.uint8)
+      texts = _TEXT[data]
+      if not at and chunk.startswith(codecs.BOM_UTF8):
+        texts[: len(codecs.BOM_UTF8)] = False
       newlines = np.flatnonzero(data == ord('\n'))
       begins = np.concatenate([[0], newlines + 1])
       has_text = np.zeros(len(begins), bool)
       inside = begins < len(data)  # but for a line that begins with the next
-      has_text[inside] = np.logical_or.reduceat(_TEXT[data], begins[inside])
+      has_text[inside] = np.logical_or.reduceat(texts, begins[inside])
       has_text[0] |= open_line
       open_line = has_text[-1]
       kept.append(has_text[:-1])

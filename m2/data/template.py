@@ -270,7 +270,8 @@ def _assistant(out: _Writer, message: Mapping[str, Any], shown: bool) -> None:
   if calls := message.get('tool_calls'):
     _calls(out, calls)
   out.special(markup.EOS)
-  weight = message.get('weight', 1)
+  weight = message.get('weight')
+  weight = 1 if weight is None else weight
   _require(weight in (0, 1), f'weight={weight!r}: expected 0 or 1')
   out.close_span(muted=not weight)
   out.text('\n')
@@ -318,9 +319,9 @@ def _tool(out: _Writer, content: Any, *, first: bool, last: bool) -> None:
   """Writes one tool message; neighbours share one block."""
   if first:
     _open(out, 'tool')
-  if content is None or isinstance(content, str):
-    out.text('\n<response>', content or '', '</response>')
-  else:
+  if isinstance(content, str):
+    out.text('\n<response>', content, '</response>')
+  elif content is not None:
     for part in _parts(content):
       text = part
       if isinstance(part, Mapping):

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tokenizers
@@ -80,6 +80,7 @@ class Tokenizer:
         f'the tokenizer has no end token {markup.EOS!r}; add it to the '
         'added_tokens of its tokenizer.json'
       )
+    self._tokens = {id: token for token, id in self._ids.items()}
     self._cache: dict[str, list[int]] = {}
     self.eos_id = self._ids[markup.EOS]
     self.bos_id = self._ids.get(markup.BOS)
@@ -169,6 +170,22 @@ class Tokenizer:
         else '\ufffd' * len(run)
       )
     return ''.join(text)
+
+  def pieces(self, ids: Iterable[int]) -> Iterator[tuple[str, bool]]:
+    """The text of `ids`, each of M2's special tokens by itself.
+
+    Yields:
+      Text, and whether it is a special token: the same characters in other
+      pieces are only characters.
+
+    Raises:
+      ValueError: a negative id.
+    """
+    for token, run in itertools.groupby(map(int, ids), self._tokens.get):
+      if token is None:
+        yield self.decode(run), False
+      else:
+        yield from ((token, True) for _ in run)
 
   def to_text(self) -> str:
     """The text of its `tokenizer.json`."""

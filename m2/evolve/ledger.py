@@ -27,6 +27,8 @@ from typing import Any
 from m2.evolve import provenance
 
 GENESIS = '0' * 64  # what the first entry follows
+# What reading JSON that somebody else wrote may raise.
+_DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _FIELDS = ('data', 'hash', 'index', 'kind', 'previous', 'time')
 
 
@@ -218,7 +220,7 @@ def _read_head(path: pathlib.Path) -> tuple[int, str]:
     return int(known['count']), str(known['hash'])
   except FileNotFoundError:
     raise LedgerError(f'{head} is missing: the record is not whole') from None
-  except (ValueError, KeyError, TypeError) as error:
+  except _DAMAGE as error:
     raise LedgerError(f'{head} is damaged: {error!r}') from None
 
 
@@ -230,9 +232,10 @@ def _check_line(
     fields = json.loads(line)
     # Canonical bytes: no repeated key can hide a second value.
     canonical = provenance.canonical(fields).encode() == line
-  except ValueError:
-    canonical = False
-  if not canonical or sorted(fields) != list(_FIELDS):
+    sound = canonical and isinstance(fields, dict)
+  except _DAMAGE:
+    sound = False
+  if not sound or sorted(fields) != list(_FIELDS):
     raise LedgerError(f'{where} is not an entry as this code writes it')
   body = {name: fields[name] for name in _FIELDS if name != 'hash'}
   if provenance.digest(body) != fields['hash']:

@@ -261,7 +261,7 @@ class Round:
       {
         'checkpoint': self.relative(checkpoint),
         'checkpoint_hash': sealed.checkpoint_hash(checkpoint),
-        'config': self.relative(checkpoint / 'config.json'),
+        'config': self.relative(observe.run_of(checkpoint) / 'config.json'),
         'ledger': hash,
       },
     )
@@ -294,6 +294,8 @@ def starting_point(config: m2_config.RunConfig) -> pathlib.Path:
   base = pathlib.Path(config.checkpoint.init_from).resolve()
   if not base.is_dir():
     raise ValueError(f'checkpoint.init_from={str(base)!r} is not a directory')
+  if base.name == 'checkpoints':
+    base = observe.run_of(base)  # its newest step either way
   check_curriculum(config)
   return base
 
@@ -337,7 +339,7 @@ def with_tokenizer(
   if config.data.tokenizer:
     return config
   data = dataclasses.replace(
-    config.data, tokenizer=str(base / 'tokenizer.json')
+    config.data, tokenizer=str(observe.run_of(base) / 'tokenizer.json')
   )
   return dataclasses.replace(config, data=data)
 

@@ -90,8 +90,8 @@ def observe(
 
   Args:
     dev: `eval.json` of the checkpoint on DEV.
-    checkpoint: the run that made it; runs it started from are followed until
-      one holds an introspection record.
+    checkpoint: the run that made it, or a step of it; runs it started from
+      are followed until one holds an introspection record.
     skills: the skills of the curriculum; others in `dev` are not for tuning.
 
   Returns:
@@ -122,6 +122,27 @@ def trained_tokens(run: pathlib.Path) -> int:
   rows = _records(run / 'metrics.jsonl')
   name = 'tokens' if 'tokens' in rows[0] else 'engine/sampled_tokens'
   return round(sum(row[name] for row in rows))
+
+
+def run_of(checkpoint: pathlib.Path) -> pathlib.Path:
+  """The run, or Hugging Face directory, that holds `checkpoint`.
+
+  That is the workdir of `<workdir>/checkpoints` and of a step in it, and any
+  other folder itself.
+  """
+  folder = checkpoint.resolve()
+  if (folder / 'tokenizer.json').exists():
+    return folder
+  if _step(folder) is not None:
+    folder = folder.parent
+  return folder.parent if folder.name == 'checkpoints' else folder
+
+
+def _step(folder: pathlib.Path) -> int | None:
+  """The step of `checkpoints/<step>`; None for any other folder."""
+  if folder.parent.name != 'checkpoints' or not folder.name.isdecimal():
+    return None
+  return int(folder.name)
 
 
 def _skill_record(skill: str, rows: Sequence[eval_run.Row]) -> SkillRecord:
@@ -165,34 +186,41 @@ def _role(row: eval_run.Row) -> str:
 
 
 def _readings(checkpoint: pathlib.Path) -> list[Reading]:
-  run = _run_with('introspection.jsonl', checkpoint)
   found = []
-  if run:
-    last = _records(run / 'introspection.jsonl')[-1]
-    found += _from_introspection(last, f'{run.name}/introspection.jsonl')
-  run = _run_with('metrics.jsonl', checkpoint)
-  if run:
-    rows = _records(run / 'metrics.jsonl')
-    found += _from_metrics(rows, f'{run.name}/metrics.jsonl')
+  rows, source = _rows_with('introspection.jsonl', checkpoint)
+  if rows:
+    found += _from_introspection(rows[-1], source)
+  rows, source = _rows_with('metrics.jsonl', checkpoint)
+  if rows:
+    found += _from_metrics(rows, source)
   return found
 
 
-def _run_with(name: str, checkpoint: pathlib.Path) -> pathlib.Path | None:
-  """The run of `checkpoint`, or the one it started from, that wrote `name`."""
+def _rows_with(
+  name: str, checkpoint: pathlib.Path
+) -> tuple[list[dict[str, Any]], str]:
+  """Records that led to `checkpoint`, and `<run>/<name>` they are from.
+
+  They are of its run, or of the nearest one before it that wrote `name`. A
+  step of a run is led to by the records up to it alone.
+  """
   seen = set()
-  run = checkpoint
-  while run.is_dir() and run.resolve() not in seen:
-    seen.add(run.resolve())
-    if (run / name).exists() and (run / name).stat().st_size:
-      return run
+  while checkpoint.is_dir() and checkpoint.resolve() not in seen:
+    seen.add(checkpoint.resolve())
+    run, step = run_of(checkpoint), _step(checkpoint.resolve())
+    rows = _records(run / name) if (run / name).exists() else []
+    if step is not None:
+      rows = [row for row in rows if row['step'] <= step]
+    if rows:
+      return rows, f'{run.name}/{name}'
     config = run / 'config.json'
     if not config.exists():
-      return None
+      break
     before = json.loads(config.read_text()).get('checkpoint', {})
     if not before.get('init_from'):
-      return None
-    run = pathlib.Path(before['init_from'])
-  return None
+      break
+    checkpoint = pathlib.Path(before['init_from'])
+  return [], ''
 
 
 def _records(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -8,8 +8,12 @@
 A stage that is killed leaves no `done.json`; the next call starts it again in
 the same folder, where training resumes from its own checkpoint. A stage that
 fails raises with the end of its log.
+
+Asked to stop, by SIGINT or SIGTERM, a stage may end by itself: under training
+it saves first. A second signal ends it at once.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import fcntl
@@ -23,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -35,6 +40,7 @@ MAIN = provenance.ROOT / 'main.py'
 
 _TAIL = 20  # log lines that a failure quotes
 _HEARTBEAT = 30.0  # seconds between progress lines where nothing is a terminal
+_SAME = 2.0  # seconds within which a second signal is the first, passed on
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, linux/prctl.h
 _COUNT = re.compile(r'(?<![\w.])(\d+)/(\d+)(?![\w.])')  # 'step 30/200'
 
@@ -115,6 +121,7 @@ def run_main(
   Raises:
     TrialError: the stage failed (with the end of its log), the folder holds a
       run with another config, or another process is at work there.
+    KeyboardInterrupt: asked for by a signal, once the stage has ended.
   """
   workdir = pathlib.Path(workdir).resolve()
   workdir.mkdir(parents=True, exist_ok=True)
@@ -210,9 +217,10 @@ def _run(
     preexec_fn=_with_parent(),
   )
   try:
-    tail = _follow(process.stdout, workdir / 'log.txt', label, start)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    with _patience(process.pid, label):
+      tail = _follow(process.stdout, workdir / 'log.txt', label, start)
+      _, status, usage = os.wait4(process.pid, 0)
+      process.returncode = os.waitstatus_to_exitcode(status)
   except BaseException:
     process.kill()
     process.wait()
@@ -225,6 +233,44 @@ def _run(
       f'{workdir / "log.txt"}:\n' + '\n'.join(tail)
     )
   return time.monotonic() - start, _peak_bytes(usage)
+
+
+@contextlib.contextmanager
+def _patience(pid: int, label: str) -> Iterator[None]:
+  """Lets the stage `pid` end before SIGINT or SIGTERM has its usual effect.
+
+  The first one is passed on, in case it reached us alone, and takes effect
+  when the block is over. The second one takes effect at once.
+  """
+  raised: list[tuple[int, float]] = []  # the first signal, and when it came
+  asking = (signal.SIGINT, signal.SIGTERM)
+  before = {one: signal.getsignal(one) for one in asking}
+
+  def restore() -> None:
+    for one, handler in before.items():
+      signal.signal(one, handler)
+
+  def mark(number: int, _: types.FrameType | None) -> None:
+    if raised:
+      if time.monotonic() - raised[0][1] > _SAME:
+        restore()
+        signal.raise_signal(number)
+      return
+    raised.append((number, time.monotonic()))
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, number)
+    # Not `print`: the signal may have come in the middle of one.
+    text = f'\n{label}: waits until it has stopped; a second signal kills it\n'
+    os.write(2, text.encode())
+
+  for one in asking:
+    signal.signal(one, mark)
+  try:
+    yield
+  finally:
+    restore()
+  if raised:
+    signal.raise_signal(raised[0][0])
 
 
 def own_peak_bytes() -> int:

@@ -58,11 +58,21 @@ def group(
   Returns:
     Episode id -> float64[steps], for scored episodes; empty when fewer than
     two have a score, because nothing could be compared.
+
+  Raises:
+    ValueError: the rewards of a scored episode, or their sum, are not finite.
   """
   scored = [e for e in episodes if e.reward.outcome == types.Outcome.SCORE]
   if len(scored) < 2:
     return {}
   returns = [returns_to_go(e.reward.steps, gamma) for e in scored]
+  for episode, values in zip(scored, returns):
+    if not np.isfinite(values).all():
+      raise ValueError(
+        f'episode {episode.id} of task {episode.task}: rewards '
+        f'{list(episode.reward.steps)} have no finite sum; mend what judges '
+        'it, and give another --workdir: a data pool keeps what it has'
+      )
   base_G = baselines(
     np.array([r[0] if len(r) else 0.0 for r in returns]), baseline
   )

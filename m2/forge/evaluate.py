@@ -41,6 +41,7 @@ def run(
     raise ValueError('checkpoint.init_from is empty: name the run to evaluate')
   drawn = play.exam(config)
   words = tokenizer(start)
+  check_tokenizer(start, words)
   mesh = meshes.make_mesh(config.mesh)
   model = dataclasses.replace(config.model, fp8_experts=config.engine.fp8)
   with jax.set_mesh(mesh):
@@ -103,3 +104,25 @@ def tokenizer(start: str) -> tokenizers.Tokenizer:
     f'{" or ".join(map(str, looked))}; copy the one that the weights were '
     'trained with'
   )
+
+
+def check_tokenizer(start: str, words: tokenizers.Tokenizer) -> None:
+  """Refuses weights that say they were trained with another tokenizer.
+
+  Args:
+    start: as for `tokenizer`; a Hugging Face model does not say.
+    words: the tokenizer to use.
+
+  Raises:
+    ValueError: it is another one.
+    m2.checkpoint.store.CheckpointError: there is no readable checkpoint.
+  """
+  if any(pathlib.Path(start).glob('*.safetensors')):
+    return
+  noted = store.read_meta(store.newest(start))['extra'].get('tokenizer')
+  if noted not in (None, words.fingerprint()):
+    raise ValueError(
+      f'checkpoint.init_from={start}: its tokenizer.json has fingerprint '
+      f'{words.fingerprint()}, and the weights were trained with {noted}; put '
+      'that tokenizer.json back'
+    )

@@ -71,7 +71,6 @@ def run(
   check(config)
   mesh = _mesh(config)
   tokenizer = evaluate.tokenizer(config.checkpoint.init_from)
-  tokenizer.save(workdir / 'tokenizer.json')
   forge = config.forge
   with (
     jax.set_mesh(mesh),
@@ -85,9 +84,13 @@ def run(
     batches = iter(dataset.RolloutDataset(rollouts, scene, forge))
     optimizer = optim.make(config.optim, config.steps)
     note = resume.note(config, tokenizer)
+    if not checkpoints.steps():
+      evaluate.check_tokenizer(config.checkpoint.init_from, tokenizer)
     state, start, kept = resume.begin(
       config, mesh, optimizer, checkpoints, batches, note
     )
+    # Not before: a start that is refused leaves the run's own where it is.
+    tokenizer.save(workdir / 'tokenizer.json')
     if start >= config.steps:
       print(f'{workdir}: trained for {start} steps already', flush=True)
       return state

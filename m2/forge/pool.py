@@ -124,17 +124,18 @@ class DataPool:
   def put(self, completion: types.Completion) -> None:
     """Adds one completion."""
     experts = completion.experts
+    # Numbers as Python's own: SQLite would store numpy's as bytes.
     self._add(
       _COMPLETIONS,
       {
         'episode': completion.episode,
-        'step': completion.step,
+        'step': int(completion.step),
         'prompt_ids': _bytes(completion.prompt_ids, '<i4'),
         'ids': _bytes(completion.ids, '<i4'),
         'logprobs': _bytes(completion.logprobs, '<f4'),
-        'version': completion.version,
+        'version': int(completion.version),
         'stop': str(completion.stop),
-        'seconds': completion.seconds,
+        'seconds': float(completion.seconds),
         'experts': None if experts is None else _bytes(experts, '<i4'),
         'experts_shape': (
           None if experts is None else json.dumps(np.shape(experts))
@@ -144,14 +145,15 @@ class DataPool:
 
   def put_reward(self, reward: types.Reward) -> None:
     """Adds the reward of an episode."""
+    parts = {name: float(value) for name, value in reward.parts.items()}
     self._add(
       _REWARDS,
       {
         'episode': reward.episode,
         'outcome': str(reward.outcome),
-        'steps': json.dumps(reward.steps),
-        'passed': reward.passed,
-        'parts': json.dumps(dict(reward.parts), sort_keys=True),
+        'steps': json.dumps([float(value) for value in reward.steps]),
+        'passed': bool(reward.passed),
+        'parts': json.dumps(parts, sort_keys=True),
         'evidence': reward.evidence,
       },
     )

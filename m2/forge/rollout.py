@@ -14,6 +14,8 @@ everything in flight stands still.
 
 import asyncio
 import dataclasses
+import math
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -146,7 +148,7 @@ class Rollouts:
   ) -> None:
     async def play(member: int, episode: str) -> types.Reward:
       seed = types.seed(self._seed, index, member)
-      reward = await agent.play(task, episode, seed)
+      reward = _finite(await agent.play(task, episode, seed))
       self.pool.put_reward(reward)
       self.pool.close(episode, group=id, task=task.id, skill=task.skill)
       return reward
@@ -182,6 +184,21 @@ class Rollouts:
     for name in ('infra', 'timeout', 'tamper'):
       count = sum(reward.outcome == name for reward in rewards)
       setattr(self.counters, name, getattr(self.counters, name) + count)
+
+
+def _finite(reward: types.Reward) -> types.Reward:
+  """The reward; a score that is no number is a failure of the machinery."""
+  scored = reward.outcome == types.Outcome.SCORE
+  if not scored or all(map(math.isfinite, reward.steps)):
+    return reward
+  evidence = (
+    f'episode {reward.episode}: rewards {[*map(float, reward.steps)]} are not '
+    'finite'
+  )
+  print(f'rollout: {evidence}', file=sys.stderr)
+  return types.Reward(
+    reward.episode, types.Outcome.INFRA, (), False, evidence=evidence
+  )
 
 
 class _Loop(asyncio.SelectorEventLoop):

@@ -57,7 +57,7 @@ class Row:
   experts: np.ndarray | None = None
 
   def __post_init__(self):
-    """Raises ValueError on lengths that disagree or values not finite."""
+    """Raises ValueError on lengths that disagree and values out of range."""
     size = len(self.ids)
     if not 1 <= self.start < size:
       raise ValueError(
@@ -71,6 +71,8 @@ class Row:
     values = np.append(self.old_logp, (self.advantage, self.weight))
     if not np.isfinite(values).all():
       raise ValueError('row: log-probs, advantage and weight must be finite')
+    if self.weight < 0:
+      raise ValueError(f'row: weight={self.weight} must not be negative')
     if self.experts is not None and len(self.experts) != size - 1:
       raise ValueError(
         f'row: routes of {len(self.experts)} tokens; {size - 1} were fed'
@@ -166,10 +168,11 @@ def merge_prefixes(
     The batch, as numpy arrays.
 
   Raises:
-    ValueError: no rows, a row longer than a line, some rows with routes and
-      some without, or a capacity that is too small; the message names both
-      numbers.
+    ValueError: no rows, or none with a weight, a row longer than a line,
+      routes of some rows only or of several shapes, or a capacity that is too
+      small; the message names both numbers.
   """
+  _check(rows)
   codes, order = _codes(rows)
   shared = [0]
   for before, after in zip(order, order[1:]):
@@ -187,11 +190,27 @@ def separate(
   """The unmerged twin of `merge_prefixes`: every row computes all its tokens.
 
   Rows keep their order and are packed into lines; masks keep them apart.
+
+  Raises:
+    ValueError: as `merge_prefixes`.
   """
-  if not rows:
-    raise ValueError('no rows to pack')
+  _check(rows)
   order = list(range(len(rows)))
   return _fit(_pack(rows, order, [0] * len(rows), tokens), lines, samples)
+
+
+def _check(rows: Sequence[Row]) -> None:
+  """Refuses rows that cannot be one batch."""
+  if not rows:
+    raise ValueError('no rows to pack')
+  routed = [row.experts.shape[1:] for row in rows if row.experts is not None]
+  if 0 < len(routed) < len(rows):
+    raise ValueError('some rows carry routes and some do not')
+  if len(set(routed)) > 1:
+    raise ValueError(
+      f'routes of several shapes [layers, experts]: {sorted(set(routed))}; '
+      'rows of one batch come from one model'
+    )
 
 
 def _fit(batch: TreeBatch, lines: int | None, samples: int | None) -> TreeBatch:
@@ -204,12 +223,7 @@ def _fit(batch: TreeBatch, lines: int | None, samples: int | None) -> TreeBatch:
 
 def _codes(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[int]]:
   """Node identity of each token as an integer, and the sorted order of rows."""
-  if not rows:
-    raise ValueError('no rows to pack')
-  routed = {row.experts is not None for row in rows}
-  if len(routed) > 1:
-    raise ValueError('some rows carry routes and some do not')
-  if routed == {False}:
+  if rows[0].experts is None:
     codes = [np.append(row.version, row.ids).astype(np.int64) for row in rows]
   else:
     columns = []
@@ -324,6 +338,8 @@ def _pairs(rows: list[Row], edges: list[np.ndarray]) -> dict[str, np.ndarray]:
     return np.repeat(np.asarray(values, dtype), sizes)
 
   weight_Z = column([row.weight for row in rows], np.float32)
+  if not weight_Z.any():
+    raise ValueError(f'all {len(rows)} rows have weight 0: nothing to train on')
   return {
     'edge_Z': np.concatenate(edges).astype(np.int32),
     'token_Z': np.concatenate([row.ids[row.start :] for row in rows]),

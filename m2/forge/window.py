@@ -17,6 +17,7 @@ Pure Python, no threads: the state is a small dictionary that travels in the
 checkpoint with the model.
 """
 
+import operator
 from typing import Any
 
 
@@ -30,6 +31,11 @@ class WindowedFifo:
   """
 
   def __init__(self, window: int):
+    """Starts empty; ValueError for a window that is no number from 1 on."""
+    try:
+      window = operator.index(window)
+    except TypeError:
+      raise ValueError(f'{window=} must be a whole number') from None
     if window < 1:
       raise ValueError(f'{window=} must be at least 1 (1 is strict FIFO)')
     self.window = window
@@ -101,16 +107,36 @@ class WindowedFifo:
     }
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Replaces the content with what `state` returned."""
-    queued = {id: int(index) for id, index in state['queued']}
-    missing = set(state['done']) - set(queued)
-    if missing:
+    """Replaces the content with what `state` returned.
+
+    Raises:
+      ValueError: no window was ever in that state; nothing is replaced.
+    """
+    try:
+      head = operator.index(state['head'])
+      following = operator.index(state['next_index'])
+      queued = [(id, operator.index(index)) for id, index in state['queued']]
+      index, done = dict(queued), set(state['done'])
+    except (KeyError, TypeError, ValueError) as error:
+      raise ValueError(f'window state {state}: {error!r}') from None
+    order = [number for _, number in queued]
+    if len(index) < len(queued):
+      raise ValueError(f'window state: a group is queued twice: {queued}')
+    if missing := done - set(index):
       raise ValueError(f'window state: done but not queued: {sorted(missing)}')
-    self._index = queued
-    self._done = set(state['done'])
-    self._taken = []
-    self.next_index = int(state['next_index'])
-    self.head = int(state['head'])
+    if order != sorted(set(order)):
+      raise ValueError(f'window state: indices that do not rise: {queued}')
+    if head < 0 or head != (order or [following])[0]:
+      raise ValueError(
+        f'window state: {head=} is not the oldest queued index, or next_index='
+        f'{following} where none is: {queued}'
+      )
+    if order and order[-1] >= following:
+      raise ValueError(
+        f'window state: index {order[-1]} is not below next_index={following}'
+      )
+    self._index, self._done, self._taken = index, done, []
+    self.head, self.next_index = head, following
 
   def _eligible(self) -> list[str]:
     end = self.head + self.window

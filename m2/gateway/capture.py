@@ -217,11 +217,14 @@ class Gateway:
     return self._tokenizer.encode_rendered(rendered)[0]
 
   def _parse(self, ids: np.ndarray, tools) -> types.Message:
-    ended = len(ids) and ids[-1] == self._tokenizer.eos_id
-    text = self._tokenizer.decode(ids[:-1] if ended else ids)
-    message = template.parse(
-      text, list(tools) if tools else None, thinking=True
-    )
+    """The message of sampled ids: what they quote is no tag."""
+    stream = template.StreamParser(tools or None, thinking=True, spelled=False)
+    for text, special in self._tokenizer.pieces(ids):
+      if special:
+        stream.feed_special(text)
+      else:
+        stream.feed(text)
+    message = stream.close()
     self.counters.malformed += bool(message.errors)
     return message
 

@@ -13,6 +13,7 @@ from m2.parallel import sharding
 
 
 def _init(cfg: config.ModelConfig, key: jax.Array) -> Any:
+  config.check(cfg)
   params = transformer.M2(cfg).init(key, None, None, None)['params']
   if cfg.mtp_modules:
     params = {**params, 'mtp': mtp.init(cfg, jax.random.fold_in(key, 1))}
@@ -20,7 +21,11 @@ def _init(cfg: config.ModelConfig, key: jax.Array) -> Any:
 
 
 def abstract(cfg: config.ModelConfig) -> Any:
-  """The tree of `jax.ShapeDtypeStruct`, without allocating anything."""
+  """The tree of `jax.ShapeDtypeStruct`, without allocating anything.
+
+  Raises:
+    ValueError: values of `cfg` that make no model.
+  """
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
     return jax.eval_shape(functools.partial(_init, cfg), jax.random.key(0))
 
@@ -28,7 +33,11 @@ def abstract(cfg: config.ModelConfig) -> Any:
 def init(
   cfg: config.ModelConfig, key: jax.Array, mesh: jax.sharding.Mesh | None = None
 ) -> Any:
-  """Random initial parameters, made in place on `mesh` if one is given."""
+  """Random initial parameters, made in place on `mesh` if one is given.
+
+  Raises:
+    ValueError: values of `cfg` that make no model.
+  """
   if mesh is None:
     return jax.jit(functools.partial(_init, cfg))(key)
   shardings = sharding.param_shardings(abstract(cfg), mesh)

@@ -279,8 +279,14 @@ def logits(
 
   Returns:
     float32[B, T, V].
+
+  Raises:
+    ValueError: tokens that are no whole numbers.
   """
-  tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+  tokens_BT = jnp.asarray(tokens_BT)
+  if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+    raise ValueError(f'tokens are {tokens_BT.dtype}: token ids are integers')
+  tokens_BT = tokens_BT.astype(jnp.int32)
   length = tokens_BT.shape[1]
   if positions_BT is None:
     positions_BT = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)

@@ -53,20 +53,8 @@ def run(
   """
   mesh = meshes.make_mesh(config.mesh)
   _check(config, mesh)
-  data = resume.data_config(config)
-  source = pipeline.open_source(data, source)
-  tokenizer = hosts.first(
-    'tokenizer',
-    lambda: pipeline.tokenizer(data, source, config.model.vocab, workdir),
-  )
-  wanted = pipeline.local_rows(mesh, data.batch)
-  dataset = pipeline.make(
-    data, tokenizer, seed=config.seed, wanted=wanted, source=source
-  )
+  source = pipeline.open_source(config.data, source)
   optimizer = optim.make(config.optim, config.steps)
-  # Demonstrations follow from the config; files may be written anew.
-  files = None if data.source == 'tasks' else source
-  note = resume.note(config, tokenizer, files)
   folder = workdir / 'checkpoints'
   with (
     jax.set_mesh(mesh),
@@ -74,7 +62,8 @@ def run(
     watchdog.Watchdog(config.guard.stall) as watch,
     store.Store(folder, config.checkpoint.keep) as checkpoints,
   ):
-    batches = iter(dataset)
+    resumed = resume.begun(checkpoints)
+    batches, note = _data(config, mesh, workdir, source, resumed)
     begun = resume.begin(config, mesh, optimizer, checkpoints, batches, note)
     if begun.step >= config.steps:
       hosts.say(f'{workdir}: trained for {begun.step} steps already')
@@ -125,6 +114,35 @@ def _check(config: settings.RunConfig, mesh: jax.sharding.Mesh) -> None:
       f'data.batch={data.batch} is not a multiple of optim.accumulate={parts} '
       f'times the {shards} shards of the mesh axes {", ".join(axes)}'
     )
+
+
+def _data(config, mesh, workdir, source, resumed):
+  """Batches from the first on, and what checkpoints say of the run.
+
+  The workdir's tokenizer binds a run that has a checkpoint. One without makes
+  the same one again, unless its settings or its data are others now.
+  """
+  data = resume.data_config(config, resumed)
+  tokenizer = hosts.first(
+    'tokenizer',
+    lambda: pipeline.tokenizer(
+      data,
+      source,
+      config.model.vocab,
+      workdir,
+      bound=resumed or jax.process_index() > 0,  # process 0 has written it
+    ),
+  )
+  dataset = pipeline.make(
+    data,
+    tokenizer,
+    seed=config.seed,
+    wanted=pipeline.local_rows(mesh, data.batch),
+    source=source,
+  )
+  # Demonstrations follow from the config; files may be written anew.
+  files = None if data.source == 'tasks' else source
+  return iter(dataset), resume.note(config, tokenizer, files)
 
 
 def _train(run: _Run, state: train_state.TrainState) -> train_state.TrainState:

@@ -24,7 +24,12 @@ FIXED_LEAVES = (
   'forge.group_size',  # the window holds finished groups, as they were played
   'forge.replay',
 )
-FREE = ('data.prefetch', 'model.remat')
+FREE = (
+  'data.prefetch',
+  'model.remat',
+  'model.expert_strategy',  # how tokens move to their experts
+  'model.expert_chunks',
+)
 
 
 def note(
@@ -40,10 +45,32 @@ def note(
   return found
 
 
-def data_config(config: settings.RunConfig) -> settings.DataConfig:
+def begun(checkpoints: store.Store) -> bool:
+  """Whether the run has a checkpoint to go on from; all processes must ask.
+
+  Raises:
+    ValueError: what is there is no run, but converted weights.
+  """
+  steps = checkpoints.agreed_steps()
+  if steps:
+    _noted(checkpoints.directory / str(steps[-1]))
+  return bool(steps)
+
+
+def data_config(
+  config: settings.RunConfig, resumed: bool
+) -> settings.DataConfig:
   """The data settings, with the tokenizer that `checkpoint.init_from` brings.
 
   A tokenizer named in `data.tokenizer` comes first.
+
+  Args:
+    config: `data` and `checkpoint` are read.
+    resumed: whether the run has begun: it has a tokenizer then.
+
+  Raises:
+    m2.checkpoint.store.CheckpointError: there is no such directory.
+    ValueError: weights without a tokenizer, whose ids a new one would not be.
   """
   start = config.checkpoint.init_from
   if config.data.tokenizer or not start:
@@ -58,7 +85,15 @@ def data_config(config: settings.RunConfig) -> settings.DataConfig:
       tree = settings.to_config(config.data).to_dict()
       tree['tokenizer'] = str(folder / 'tokenizer.json')
       return settings.DataConfig(**tree)
-  return config.data
+  if resumed:
+    return config.data
+  if not pathlib.Path(start).is_dir():
+    raise store.CheckpointError(f'{start} is not a directory')
+  looked = ' or '.join(map(str, store.folders(start)))
+  raise ValueError(
+    f'checkpoint.init_from={start}: no tokenizer.json in {looked}; copy there '
+    'the one that the weights were trained with, or name it in data.tokenizer'
+  )
 
 
 def begin(
@@ -106,11 +141,22 @@ def begin(
 
 def _check_same(step: pathlib.Path, run_note: dict[str, Any]) -> None:
   """Names settings of another run, before their arrays fail to fit."""
+  if before := _noted(step):
+    changes(before, run_note, str(step.parent))
+
+
+def _noted(step: pathlib.Path) -> dict[str, Any] | None:
+  """What `note` gave when a checkpoint was saved; None if it is broken."""
   try:
     before = store.read_meta(step)['extra']
   except store.CheckpointError:
-    return  # whether an older one may be read instead is for `restore` to say
-  changes(before, run_note, str(step.parent))
+    return None  # whether an older one may be read is for `restore` to say
+  if 'tokenizer' not in before:
+    raise ValueError(
+      f'{step.parent} holds converted weights, not a run: start from them with '
+      f'checkpoint.init_from={step.parents[1]} and another --workdir'
+    )
+  return before
 
 
 def changes(

@@ -23,6 +23,11 @@ def _refusals(
   }
 
 
+def _check_groups(groups: int, align: int) -> None:
+  if groups < 1 or align < 1:
+    raise ValueError(f'{groups=} and {align=} must be positive')
+
+
 def alignment(
   rows: int,
   groups: int,
@@ -70,7 +75,8 @@ def grouped_matmul(
     out_dtype: dtype of the result; None = that of `x_MK`.
 
   Raises:
-    ValueError: shapes or dtypes that do not match.
+    ValueError: shapes or dtypes that do not match, no group, or `align` below
+      1.
     NotImplementedError: a backend forced by name that cannot do this.
   """
   if x_MK.ndim != 2 or w_GKN.ndim != 3 or x_MK.shape[1] != w_GKN.shape[1]:
@@ -78,6 +84,7 @@ def grouped_matmul(
       f'x {x_MK.shape} and w {w_GKN.shape} do not contract: expected [M, K] '
       'and [G, K, N]'
     )
+  _check_groups(len(w_GKN), align)
   if sizes_G.shape != w_GKN.shape[:1]:
     raise ValueError(
       f'sizes {sizes_G.shape} must have one entry for each of the '
@@ -118,7 +125,8 @@ def weight_gradient(
     out_dtype: dtype of the result; None = that of `x_MK`.
 
   Raises:
-    ValueError: shapes or dtypes that do not match.
+    ValueError: shapes or dtypes that do not match, no group, or `align` below
+      1.
     NotImplementedError: a backend forced by name that cannot do this.
   """
   if x_MK.ndim != 2 or dy_MN.ndim != 2 or len(x_MK) != len(dy_MN):
@@ -126,6 +134,7 @@ def weight_gradient(
       f'x {x_MK.shape} and dy {dy_MN.shape} do not contract: expected [M, K] '
       'and [M, N]'
     )
+  _check_groups(len(sizes_G), align)
   if x_MK.dtype != dy_MN.dtype:
     raise ValueError(f'x is {x_MK.dtype} but dy is {dy_MN.dtype}')
   out_dtype = jnp.dtype(out_dtype or x_MK.dtype)

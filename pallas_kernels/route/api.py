@@ -48,12 +48,17 @@ def route(
     impl: backend; None picks the best for this platform.
 
   Raises:
-    ValueError: `top_k` or `min_k` out of range.
+    ValueError: `top_k` or `min_k` out of range, or a bias of another shape.
   """
   experts = score_ME.shape[1]
   min_k = top_k if min_k is None else min_k
   if not 0 < min_k <= top_k <= experts:
     raise ValueError(f'need 0 < {min_k=} <= {top_k=} <= {experts=}')
+  if bias_E.shape != (experts,):
+    raise ValueError(
+      f'bias {bias_E.shape} must have one entry for each of the {experts} '
+      'experts'
+    )
   if not len(score_ME):
     return Routing(jnp.zeros((0, top_k), jnp.int32), jnp.zeros((0, top_k)))
   refusals = {

@@ -62,6 +62,23 @@ class WhiteBoxTest(absltest.TestCase):
     self.assertEqual(transcript.messages[3].content, 'error: unclosed <invoke>')
     self.assertFalse(verdict.passed)
 
+  def test_answers_come_in_the_order_of_the_calls(self):
+    calls = (
+      types.ToolCall('shell', {}),
+      types.ToolCall('sql', {'script': 'SELECT 7'}),
+      types.ToolCall('sql', {'script': None}),
+      types.ToolCall('sql', {'script': 'SELECT 8'}),
+    )
+    several = types.Message(
+      'assistant', tool_calls=calls, errors=('text after the tool calls',)
+    )
+    transcript, _, _ = play(several, call('finish'))
+    self.assertEqual(transcript.malformed, 1)
+    answers = [m.content for m in transcript.messages if m.role == 'tool']
+    self.assertLen(answers, 5)
+    for answer, part in zip(answers, ("'shell'", '7', 'null', '8', 'after')):
+      self.assertIn(part, answer)
+
   def test_ends_at_its_turns_and_without_a_call(self):
     again = call('sql', script='SELECT 1')
     transcript, _, _ = play(again, again, again, again)
@@ -79,6 +96,14 @@ class WhiteBoxTest(absltest.TestCase):
       [m.content for m in third if m.role == 'tool'], ['12', '12345']
     )
     self.assertIs(context.policy(0), context.keep)
+
+  def test_all_answers_of_the_last_turn_are_kept_whole(self):
+    roles = ('user', 'assistant', 'tool', 'tool', 'assistant', 'tool', 'tool')
+    shown = context.truncate(2)([types.Message(r, 'text') for r in roles])
+    self.assertEqual(
+      [m.content for m in shown],
+      ['text', 'text', 'te', 'te', 'text', 'text', 'text'],
+    )
 
 
 class ScaffoldTest(absltest.TestCase):

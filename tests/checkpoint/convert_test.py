@@ -173,9 +173,24 @@ class ConvertTest(parameterized.TestCase):
     peak = int(re.search(r'PEAK (\d+)', done.stdout)[1])
     self.assertLess(peak, 2 * 2**30)
 
+  def test_an_interrupted_conversion_begins_anew(self):
+    run = self.folder / 'run'
+    source = shutil.copytree(FP8, self.folder / 'source')
+    (source / 'tokenizer.json').write_text('{}')
+    with mock.patch.object(store.Store, 'save', side_effect=OSError('full')):
+      with self.assertRaisesRegex(OSError, 'full'):
+        self.run_mode(source, run, format='workdir')
+    self.assertEqual((run / 'tokenizer.json').read_text(), '{}')
+    (run / 'checkpoints' / '0.orbax-checkpoint-tmp').mkdir()
+    self.run_mode(FP8, run, format='workdir')
+    self.assertEqual([path.name for path in run.iterdir()], ['checkpoints'])
+    self.assertEqual(store.newest(run).name, '0')
+    with self.assertRaisesRegex(FileExistsError, 'convert.target=.*run'):
+      self.run_mode(FP8, run, format='workdir')
+
   def test_a_full_target_is_refused(self):
     (self.folder / 'run').mkdir()
-    (self.folder / 'run' / 'something').touch()
+    (self.folder / 'run' / 'tokenizer.json').touch()
     for format in ('hf', 'workdir'):
       with self.assertRaisesRegex(FileExistsError, 'convert.target=.*run'):
         self.run_mode(FP8, self.folder / 'run', format=format)

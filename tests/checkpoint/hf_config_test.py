@@ -94,6 +94,13 @@ class ConfigTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('model_type', 'minimax_m1'),
+    ('model_type', None),
+    ('num_expert_group', 8),
+    ('topk_group', 2),
+    ('use_qk_norm', None),
+    ('use_routing_bias', None),
+    ('quantization_config', {'quant_method': None}),
+    ('num_local_experts', None),
     ('attention_bias', True),
     ('scoring_func', 'softmax'),
     ('use_routing_bias', False),
@@ -151,6 +158,35 @@ class ConfigTest(parameterized.TestCase):
       self.read(**{key or name: value})
     self.assertIn('config.json: not supported', str(caught.exception))
     self.assertIn(name, str(caught.exception))
+
+  @parameterized.parameters(
+    'mtp_transformer_layers',
+    'attention_bias',
+    'router_jitter_noise',
+    'qk_norm_type',
+    'hidden_act',
+    'num_expert_group',
+    'topk_group',
+    'max_position_embeddings',
+    'rms_norm_eps',
+    'initializer_range',
+    'rope_scaling',
+  )
+  def test_null_is_as_good_as_absent(self, key):
+    self.assertEqual(self.read(**{key: None}), self.read(**{key: ...}))
+
+  def test_null_within_an_object(self):
+    scheme = RELEASED['quantization_config'] | {'scale_fmt': None, 'fmt': None}
+    cfg = self.read(
+      quantization_config=scheme, rope_parameters=NEW_ROPE | {'rope_type': None}
+    )
+    self.assertEqual(cfg, config.ModelConfig())
+
+  def test_the_older_name_counts_with_the_architecture_alone(self):
+    self.assertEqual(self.read(model_type='minimax'), config.ModelConfig())
+    for names in (['MiniMaxForCausalLM'], None, 'MiniMaxM2ForCausalLM'):
+      with self.assertRaisesRegex(ValueError, "model_type='minimax', not"):
+        self.read(model_type='minimax', architectures=names)
 
   def test_all_are_listed_at_once(self):
     with self.assertRaises(ValueError) as caught:

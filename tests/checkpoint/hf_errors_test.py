@@ -77,6 +77,16 @@ class LoadErrorsTest(hf_test.FilesTest):
     safetensors.numpy.save_file(source, path / shards.SINGLE)
     self.check(path, '1 tensors', name)
 
+  @parameterized.parameters(0x7F, 0xFF)
+  def test_a_code_that_is_no_number(self, code):
+    name = 'model.layers.0.block_sparse_moe.experts.1.w2.weight'
+    path = self.copy('fp8')
+    tensor = shards.read(path)[name]
+    with open(path / tensor.file, 'r+b') as file:
+      file.seek(tensor.offset + tensor.nbytes - 1)
+      file.write(bytes([code]))
+    self.check(path, f'{name}: a weight is NaN')
+
   def test_scale_without_fp8_weight_is_unexpected(self):
     name = 'model.layers.0.self_attn.q_proj.weight_scale_inv'
     path = self.copy()

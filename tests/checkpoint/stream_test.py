@@ -150,7 +150,7 @@ class LoadTest(hf_test.FilesTest):
       ]
       nbytes = int(np.prod(slot.shape))
       tensor = shards.Tensor(None, 'f', 'F8_E4M3', slot.shape, total, nbytes)
-      needs.append(planes.Need(tensor, slot))
+      needs.append(planes.Need('w', tensor, slot))
       total += nbytes
     found = stream.stretches(needs, parts)
     self.assertNotEmpty(found)

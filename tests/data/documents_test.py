@@ -49,10 +49,26 @@ class DocumentsTest(parameterized.TestCase):
     self.assertFalse(self.encode({'tokens': [1, 2]})['whole'])
     self.assertEqual(document['tokens'].dtype, np.int32)
 
+  def test_null_counts_as_absent(self):
+    messages = [{'role': 'assistant', 'content': 'a', 'weight': None}]
+    rows = (
+      {'messages': messages, 'tools': None},
+      {'text': TEXT},
+      {'tokens': [1, 2]},
+    )
+    empty = dict.fromkeys(('text', 'messages', 'tools', 'tokens', 'weights'))
+    for row in rows:
+      document, filled = self.encode(row), self.encode({**empty, **row})
+      self.assertEqual(document['whole'], filled['whole'])
+      for key in ('tokens', 'weights'):
+        np.testing.assert_array_equal(document[key], filled[key])
+    self.assertIn(1, self.encode(rows[0])['weights'])
+
   @parameterized.parameters(
     ({'texts': 'x'}, 'exactly one of text, messages and tokens'),
     ({'text': 'x', 'tokens': [1]}, 'exactly one of'),
-    ({'text': None}, 'text is None'),
+    ({'text': None}, 'exactly one of text, messages and tokens'),
+    ({'text': 3, 'tokens': None}, 'text is 3'),
     ({'text': '\ud800'}, 'UTF-8'),
     ({'messages': 'hello'}, "messages is 'hello'"),
     ({'messages': [], 'tools': {}}, 'tools is {}'),

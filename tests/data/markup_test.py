@@ -1,5 +1,7 @@
 """Values of tool calls: what a schema makes of raw text."""
 
+import re
+
 from absl.testing import absltest, parameterized
 
 from m2.data import markup
@@ -92,6 +94,76 @@ class ToolsTest(parameterized.TestCase):
     )
     self.assertEqual(tools['f'].required, ('a',))
     self.assertTrue(tools['f'].closed)
+
+  @parameterized.parameters(
+    ('str', 'string'),
+    ('Text', 'string'),
+    ('INT', 'integer'),
+    ('Integer', 'integer'),
+    ('float', 'number'),
+    ('Bool', 'boolean'),
+    ('OBJECT', 'object'),
+    ('Null', 'null'),
+    ('dict', 'unknown'),
+  )
+  def test_names_of_types_are_those_of_the_models_guide(self, name, kind):
+    (tool,) = markup.read_tools(
+      [
+        {
+          'name': 'f',
+          'parameters': {
+            'properties': {'a': {'type': name}, 'b': {'type': [name, 'array']}}
+          },
+        }
+      ]
+    ).values()
+    self.assertEqual(tool.kinds, {'a': {kind}, 'b': {kind, 'array'}})
+
+  def test_a_root_may_refer_and_be_composed(self):
+    node = {
+      'type': 'object',
+      'properties': {
+        'size': {'type': 'integer'},
+        'next': {'$ref': '#/$defs/Node'},
+      },
+      'required': ['size'],
+      'additionalProperties': False,
+    }
+    named = {
+      'allOf': [{'$ref': '#/$defs/Node'}, {'$ref': '#/$defs/Named'}],
+      'properties': {'name': {'type': 'string'}, 'size': {'minimum': 0}},
+      'required': ['name', 'size'],
+    }
+    parameters = {'$defs': {'Node': node, 'Named': named}}
+    read = markup.read_tools(
+      [
+        {'name': 'f', 'parameters': {**parameters, '$ref': '#/$defs/Node'}},
+        {'name': 'g', 'parameters': {**parameters, '$ref': '#/$defs/Named'}},
+        {'name': 'h', 'parameters': {**parameters, **named}},
+        {'name': 'i', 'parameters': {'$ref': '#/$defs/none'}},
+        {'name': 'j', 'parameters': {'$ref': '#', 'allOf': [3, {'$ref': '#'}]}},
+      ]
+    )
+    kinds = {'size': {'integer'}, 'next': {'object'}}
+    self.assertEqual(read['f'], markup.Tool(kinds, ('size',), True))
+    for name in 'gh':
+      self.assertEqual(read[name].kinds, {**kinds, 'name': {'string'}})
+      self.assertCountEqual(read[name].required, ('size', 'name'))
+      self.assertTrue(read[name].closed)
+    for name in 'ij':
+      self.assertEqual(read[name], markup.Tool({}, (), False))
+
+  @parameterized.parameters(
+    ([['a']],), ([None],), ({'a': True},), ('a',), (True,)
+  )
+  def test_what_is_required_is_a_list_of_names(self, required):
+    value = re.escape(repr(required))
+    for parameters in (
+      {'required': required},
+      {'allOf': [{'required': required}]},
+    ):
+      with self.assertRaisesRegex(ValueError, f'tool f: required is {value}'):
+        markup.read_tools([{'name': 'f', 'parameters': parameters}])
 
   def test_what_a_schema_cannot_mean_says_nothing(self):
     (tool,) = markup.read_tools(

@@ -199,6 +199,55 @@ class StreamTest(parameterized.TestCase):
       malformed += bool(expected.errors)
     self.assertBetween(malformed, 0.2 * TRIALS, 0.99 * TRIALS)
 
+  def test_any_cutting_between_special_tokens_gives_the_same(self):
+    rng = random.Random(2)
+    calls = quoted = 0
+    for _ in range(TRIALS):
+      pieces = rng.choices(PIECES, k=rng.randrange(20))
+      if rng.random() < 0.5:
+        inside = invoke(parameter('ls'))
+        call = ['<minimax:tool_call>', inside, '</minimax:tool_call>']
+        pieces = ['why', '</think>', *call, *pieces]
+      whole = parser.StreamParser(TOOLS, thinking=True, spelled=False)
+      cut = parser.StreamParser(TOOLS, thinking=True, spelled=False)
+      run = ''
+      for piece in [*pieces, '[e~[']:
+        if piece in lexer.SPECIAL and rng.random() < 0.7:
+          whole.feed(run)
+          whole.feed_special(piece)
+          cut.feed_special(piece)
+          run = ''
+          continue
+        run += piece
+        for letter in piece:
+          cut.feed(letter)
+      whole.feed(run)
+      message = whole.close()
+      self.assertEqual(cut.close(), message, pieces)
+      calls += len(message.tool_calls)
+      quoted += '</think>' in message.reasoning
+    self.assertGreater(quoted, TRIALS / 20)
+    self.assertGreater(calls, TRIALS / 20)
+
+  def test_only_a_special_token_is_a_special_tag(self):
+    stream = parser.StreamParser(TOOLS, thinking=True, spelled=False)
+    begin, end = '<minimax:tool_call>', '</minimax:tool_call>'
+    stream.feed(f'a </think>{CALL} <invoke name="')
+    stream.feed_special('</think>')
+    stream.feed(f'\n\nb {end}[e~[')
+    stream.feed_special(']~b]')
+    stream.feed_special(begin)
+    stream.feed(invoke(parameter(f'{end} <think>')))
+    stream.feed_special(end)
+    stream.feed_special('[e~[')
+    message = stream.close()
+    self.assertEqual(message.reasoning, f'a </think>{CALL} <invoke name="')
+    self.assertEqual(message.content, f'b {end}[e~[]~b]')
+    call = types.ToolCall('bash', {'command': f'{end} <think>'})
+    self.assertEqual((message.tool_calls, message.errors), ((call,), ()))
+    with self.assertRaisesRegex(ValueError, 'closed'):
+      stream.feed_special('[e~[')
+
   def test_text_streams_as_it_comes_but_for_starts_of_tags(self):
     stream = parser.StreamParser(TOOLS, thinking=True)
     texts = [

@@ -228,29 +228,44 @@ class RunTokenizerTest(absltest.TestCase):
     super().setUp()
     self.workdir = pathlib.Path(self.create_tempdir())
 
+  def make(self, cfg, source, vocab=VOCAB, bound=True):
+    return pipeline.tokenizer(cfg, source, vocab, self.workdir, bound=bound)
+
   def test_is_trained_once_and_kept(self):
-    first = pipeline.tokenizer(CFG, chats(50), VOCAB, self.workdir)
-    again = pipeline.tokenizer(CFG, chats(99), VOCAB, self.workdir)
+    first = self.make(CFG, chats(50), bound=False)
+    again = self.make(CFG, chats(99))
     self.assertEqual(first.fingerprint(), again.fingerprint())
     self.assertTrue((self.workdir / 'tokenizer.json').exists())
     self.assertEqual(first.size, VOCAB)
 
   def test_refuses_one_that_is_too_large_or_another(self):
-    pipeline.tokenizer(CFG, chats(50), VOCAB, self.workdir)
+    self.make(CFG, chats(50))
     with self.assertRaisesRegex(ValueError, 'model.vocab=299'):
-      pipeline.tokenizer(CFG, chats(50), VOCAB - 1, self.workdir)
+      self.make(CFG, chats(50), VOCAB - 1)
     path = self.workdir / 'other.json'
     tokenizer.train(['other text'], VOCAB).save(path)
     cfg = change(tokenizer=str(path))
     with self.assertRaisesRegex(ValueError, 'differs from'):
-      pipeline.tokenizer(cfg, None, VOCAB, self.workdir)
-    fresh = pathlib.Path(self.create_tempdir())
-    found = pipeline.tokenizer(cfg, None, VOCAB, fresh)
-    self.assertEqual(found.fingerprint(), tokenizer.load(fresh).fingerprint())
+      self.make(cfg, None)
+    self.workdir = pathlib.Path(self.create_tempdir())
+    found = self.make(cfg, None)
+    held = tokenizer.load(self.workdir)
+    self.assertEqual(found.fingerprint(), held.fingerprint())
+
+  def test_what_binds_no_run_is_replaced(self):
+    path = self.workdir / 'other.json'
+    other = tokenizer.train(['other text'], VOCAB)
+    other.save(path)
+    first = self.make(CFG, chats(50), bound=False)
+    for cfg, want in ((change(tokenizer=str(path)), other), (CFG, first)):
+      found = self.make(cfg, chats(50), bound=False)
+      self.assertEqual(found.fingerprint(), want.fingerprint())
+      held = tokenizer.load(self.workdir)
+      self.assertEqual(held.fingerprint(), want.fingerprint())
 
   def test_ready_tokens_need_their_tokenizer(self):
     with self.assertRaisesRegex(ValueError, r'rows\[0\]: ready tokens'):
-      pipeline.tokenizer(CFG, [{'tokens': [1]}], VOCAB, self.workdir)
+      self.make(CFG, [{'tokens': [1]}])
 
 
 class DeviceTest(absltest.TestCase):

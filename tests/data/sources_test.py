@@ -74,6 +74,13 @@ class SourcesTest(parameterized.TestCase):
   def test_a_byte_order_mark_is_no_text(self):
     path = self.write('a.jsonl', b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}')
     self.assertEqual(sources.make('jsonl', str(path))[0]['text'], 'a')
+    for start in (b'\xef\xbb\xbf\r\n', b'\xef\xbb\xbf \n\n', b'\xef\xbb\xbf'):
+      path = self.write('b.jsonl', start + b'{"text": "a"}')
+      source = sources.make('jsonl', str(path))
+      self.assertLen(source, 1)
+      self.assertEqual(source[0]['text'], 'a')
+    path = self.write('c.jsonl', b'\xef\xbb\xbf')
+    self.assertEmpty(sources.make('jsonl', str(path)))
     path = self.write('a.txt', b'\xef\xbb\xbfa')
     self.assertEqual(sources.make('files', str(path))[0]['text'], 'a')
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import random
 
+import numpy as np
 from absl.testing import absltest, parameterized
 
 from m2 import types
@@ -124,6 +125,14 @@ class PublishedTest(parameterized.TestCase):
       template.render(turn(None, '')), template.render(turn('', {}))
     )
 
+  def test_a_tool_message_without_content_has_no_response(self):
+    call = {'role': 'assistant', 'tool_calls': [{'name': 'f'}]}
+    for message in ({}, {'content': None}, {'content': []}):
+      text = template.render([call, {'role': 'tool', **message}]).text
+      self.assertEndsWith(text, '[e~[\n]~b]tool[e~[\n')
+    text = template.render([call, {'role': 'tool', 'content': ''}]).text
+    self.assertEndsWith(text, ']~b]tool\n<response></response>[e~[\n')
+
   @parameterized.parameters(
     ([{'role': 'tool', 'content': 'x'}], 'without a call'),
     ([{'role': 'developer', 'content': 'x'}], "role 'developer'"),
@@ -164,7 +173,7 @@ class RoundTripTest(absltest.TestCase):
           )
           or markup.EOS in turn['reasoning_content']
         ):
-          continue  # the model cannot write this inside a message
+          continue  # in a text this ends the message; among ids see below
         if turn['content'].startswith('\n'):
           continue  # its newlines are the template's
         text = rendered.text[start:end]
@@ -173,6 +182,30 @@ class RoundTripTest(absltest.TestCase):
         self.assertEqual(message.to_dict(), turn)
         calls += len(message.tool_calls)
     self.assertGreater(calls, TRIALS // 4)
+
+  def test_ids_say_what_no_text_can(self):
+    """Special tokens that a turn only quotes come back as its text."""
+    tok, rng = small_tokenizer(), random.Random(1)
+    quoted = 0
+    for _ in range(TRIALS // 4):
+      messages = conversation(rng)
+      turns = [m for m in messages if m['role'] == 'assistant']
+      for turn in turns:
+        turn['reasoning_content'] += rng.choice(markup.SPECIALS)
+      rendered = template.render(messages, TOOLS, keep_all_reasoning=True)
+      ids, weights = tok.encode_rendered(rendered)
+      edges = np.flatnonzero(np.diff(weights, prepend=0, append=0))
+      self.assertLen(edges, 2 * len(turns))
+      for turn, (start, end) in zip(turns, edges.reshape(-1, 2)):
+        if turn['content'].startswith('\n'):
+          continue  # its newlines are the template's
+        stream = template.StreamParser(TOOLS, thinking=True, spelled=False)
+        for text, special in tok.pieces(ids[start:end]):
+          (stream.feed_special if special else stream.feed)(text)
+        message = stream.close()
+        self.assertEqual((message.errors, message.to_dict()), ((), turn))
+        quoted += markup.EOS in str(turn)
+    self.assertGreater(quoted, 5)
 
   def test_what_a_value_cannot_say(self):
     """'null' is None, and one newline at each end is the markup's."""

@@ -38,6 +38,24 @@ class TokenizerTest(parameterized.TestCase):
     self.assertEmpty(special & set(self.tok.encode_plain(text)))
     self.assertEqual(self.tok.decode(self.tok.encode_plain(text)), text)
 
+  def test_pieces_tell_special_tokens_from_their_characters(self):
+    ids = self.tok.encode('a</think>\n')
+    ids += self.tok.encode_plain('ß</think>[e~[')[1:]  # cut in a character
+    ids += self.tok.encode('[e~[[e~[') + [self.tok.size]
+    pieces = list(self.tok.pieces(np.array(ids, np.int32)))
+    self.assertEqual(
+      pieces,
+      [
+        ('a', False),
+        ('</think>', True),
+        ('\n\ufffd</think>[e~[', False),
+        ('[e~[', True),
+        ('[e~[', True),
+        ('\ufffd', False),
+      ],
+    )
+    self.assertEqual(''.join(text for text, _ in pieces), self.tok.decode(ids))
+
   def test_trained_on_its_own_markup_it_still_cannot_spell_it(self):
     texts = [''.join(markup.SPECIALS) + ' ', *markup.SPECIALS] * 50
     tok = tokenizer.train(texts, VOCAB)

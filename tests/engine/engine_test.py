@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from m2 import config, types
@@ -242,8 +243,12 @@ class EngineTest(parameterized.TestCase):
     self.assertTrue(gone.cancelled() and queued.cancelled())
     self.assertFalse(engine.busy)
 
-  @parameterized.parameters(range(3))
-  def test_any_schedule_ends_well(self, seed):
+  @pytest.mark.heavy
+  def test_other_schedules_end_well(self):
+    for seed in (1, 2):
+      self.test_any_schedule_ends_well(seed)
+
+  def test_any_schedule_ends_well(self, seed=0):
     """Arrivals, turns, cancellations and new weights, in random order."""
     draw = np.random.default_rng(seed)
     engine, even = make()

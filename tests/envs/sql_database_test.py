@@ -117,6 +117,38 @@ class GuardTest(parameterized.TestCase):
       for _ in range(20):
         db.run('INSERT INTO t SELECT a FROM t')
 
+  def test_defaults_are_compared_by_value(self):
+    def columns(declared):
+      db = sql_database.Database(
+        sql_database.build([f'CREATE TABLE t(a INT {declared})'], {})
+      )
+      return db.state(())['tables']['t']['columns']
+
+    for same in (
+      ('', 'DEFAULT NULL', 'DEFAULT null', 'DEFAULT (NULL)'),
+      ('DEFAULT 7.5', 'DEFAULT 7.50', 'DEFAULT +7.5', 'DEFAULT (75e-1)'),
+      ("DEFAULT 'cod'", 'DEFAULT "cod"', "DEFAULT ('cod')"),
+      ('DEFAULT -1', 'DEFAULT - 1', 'DEFAULT (-1)'),
+    ):
+      self.assertLen({str(columns(one)) for one in same}, 1, same)
+    other = (
+      '',
+      'DEFAULT 1',
+      "DEFAULT '1'",
+      'DEFAULT 1.0',
+      "DEFAULT 'NULL'",
+      'DEFAULT None',
+      "DEFAULT ''",
+      "DEFAULT 'COD'",
+      "DEFAULT 'cod'",
+      'DEFAULT current_timestamp',
+      'DEFAULT (random())',
+      "DEFAULT ('cod' || printf('%.3900c', 'x'))",
+    )
+    self.assertLen({str(columns(one)) for one in other}, len(other))
+    # What is no literal is not run.
+    self.assertEqual(columns('DEFAULT (random())')[0][3], 'random()')
+
   def test_a_call_is_whole_or_nothing(self):
     task = sql.generate('add_col', 0, 'dev', 'x')
     name = task.data['tables'][0]['name']

@@ -3,13 +3,14 @@
 import dataclasses
 import random
 import time
+from unittest import mock
 
 import pytest
 from absl.testing import absltest
 
 from m2 import config, types
 from m2.envs import tasks
-from m2.envs.families import sql
+from m2.envs.families import sql, sql_database
 from tests import clock
 
 SPLITS = tuple(name for name, _ in sql.SPLITS)
@@ -50,7 +51,7 @@ class ControlTest(absltest.TestCase):
         verdicts = {sql.verify(task, scripts) for _ in range(20)}
         self.assertLen(verdicts, 1)
 
-  def test_a_runaway_query_is_a_timeout_not_a_zero(self):
+  def test_a_runaway_query_is_a_zero_and_only_the_clock_a_timeout(self):
     task = next(some(1))
     scripts, _ = sql.controls(task)['endless']
     verdict = sql.verify(task, scripts)
@@ -58,7 +59,12 @@ class ControlTest(absltest.TestCase):
     self.assertEqual(verdict.error_class, 'hidden_error')
     name = task.data['tables'][0]['name']
     join = ','.join(f'{name} AS t{i}' for i in range(12))
-    verdict = sql.verify(task, [f'SELECT count(*) FROM {join}'])
+    artifact = [sql.script_of(task), f'SELECT count(*) FROM {join}']
+    verdict = sql.verify(task, artifact)
+    self.assertEqual(verdict.outcome, types.Outcome.SCORE)
+    self.assertEqual((verdict.passed, verdict.error_class), (False, 'limit'))
+    with mock.patch.object(sql_database, 'SECONDS', -1.0):
+      verdict = sql.verify(task, artifact)
     self.assertEqual(verdict.outcome, types.Outcome.TIMEOUT)
 
   def test_a_name_of_the_agents_is_no_timeout(self):
@@ -120,6 +126,46 @@ class ControlTest(absltest.TestCase):
     self.assertFalse(
       sql.verify(task, [f'CREATE UNIQUE INDEX u ON {name}']).passed
     )
+
+  def test_a_default_may_be_spelled_otherwise(self):
+    checked = 0
+    for seed in range(20):
+      task = sql.generate('add_col_default_notnull', 0, 'dev', f'd{seed}')
+      (gold,) = task.data['gold']
+      value = gold.rsplit(' ', 1)[1]
+      if value.startswith("'"):
+        same, wrong = f'"{value[1:-1]}"', f"'{value[1:-1]} '"
+      else:
+        same, wrong = f'(+{value})', f"'{value}'"
+      head = gold.removesuffix(value)
+      self.assertTrue(sql.verify(task, [head + same]).passed, same)
+      verdict = sql.verify(task, [head + wrong])
+      self.assertEqual(verdict.error_class, 'wrong_columns', wrong)
+      checked += value.startswith("'")
+    self.assertBetween(checked, 1, 19)
+
+  def test_a_new_column_of_keys_may_reference_its_table(self):
+    task = sql.generate('split_table', 0, 'dev', 'variant')
+    child, owner, parent = task.data['link']
+    self.assertIn(f'new table {child} with key id and {owner} INT', task.prompt)
+    gold = sql.script_of(task)
+    declared = f'{owner} INT,'
+    self.assertIn(declared, gold)
+    for kind, passes in (
+      ('INTEGER', True),
+      (f'INT REFERENCES {parent}', True),
+      (f'integer REFERENCES {parent}(id)', True),
+      (f'INT REFERENCES {parent}(id) ON DELETE CASCADE', False),
+      (f'INT REFERENCES {child}(id)', False),
+      ('TEXT', False),
+      ('BIGINT', False),
+      ('INT NOT NULL', False),
+      ('INT UNIQUE', False),
+    ):
+      script = gold.replace(declared, f'{owner} {kind},')
+      self.assertEqual(sql.verify(task, [script]).passed, passes, kind)
+    key = gold.replace('id INTEGER PRIMARY KEY', 'id INT PRIMARY KEY', 1)
+    self.assertFalse(sql.verify(task, [key]).passed)
 
   def test_mistakes_are_refused_with_sqlites_words(self):
     rng = random.Random(0)

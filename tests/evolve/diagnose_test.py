@@ -163,6 +163,22 @@ class ReadingsTest(parameterized.TestCase):
     self.assertEqual(found.source, 'sft/introspection.jsonl')
     self.assertFalse(found.healthy)
 
+  def test_folders_of_checkpoints_are_read_as_their_run(self):
+    (self.sft / 'checkpoints' / '9').mkdir(parents=True)
+    for folder in ('checkpoints', 'checkpoints/9'):
+      config = {'checkpoint': {'init_from': str(self.sft / folder)}}
+      (self.rl / 'config.json').write_text(json.dumps(config))
+      self.write(
+        self.sft,
+        'introspection.jsonl',
+        {'step': 9, 'dead_experts': [0.5]},
+        {'step': 12, 'dead_experts': [0.0]},
+      )
+      found = self.readings()['dead_experts']
+      self.assertEqual(found.source, 'sft/introspection.jsonl')
+      # Step 9 is not known by what came after it.
+      self.assertEqual(found.healthy, folder == 'checkpoints')
+
   def test_a_sick_run_is_the_alternative_and_halves_the_confidence(self):
     report = observe.observe(self.dev, self.rl, SKILLS)
     well = diagnose.diagnose(report, 'dev')[0]

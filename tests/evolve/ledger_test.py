@@ -32,6 +32,10 @@ TAMPERINGS = {
   'blank line': lambda lines: lines.insert(1, b'\n'),
   'not json': lambda lines: lines.insert(2, b'hello\n'),
   'json of another kind': lambda lines: lines.insert(2, b'[1]\n'),
+  'a number': lambda lines: lines.insert(2, b'5\n'),
+  'null': lambda lines: lines.insert(2, b'null\n'),
+  'a mixed list': lambda lines: lines.insert(2, b'[1,"a"]\n'),
+  'deep nesting': lambda lines: lines.insert(2, b'[' * 100_000 + b'\n'),
   'spaces': lambda lines: _edit(lines, 1, b'":', b'": '),
   'hidden duplicate key': lambda lines: _edit(
     lines, 1, b'{"data"', b'{"data":{},"data"'
@@ -100,6 +104,13 @@ class LedgerTest(parameterized.TestCase):
     (self.path.parent / name).unlink()
     with self.assertRaisesRegex(ledger.LedgerError, f'{name} is missing'):
       ledger.Ledger(self.path)
+
+  @parameterized.parameters('[' * 100_000, '{"count": 1e999, "hash": ""}', '5')
+  def test_a_damaged_head_is_found(self, text):
+    fill(self.path)
+    self.path.with_suffix('.head.json').write_text(text)
+    with self.assertRaisesRegex(ledger.LedgerError, 'head.json is damaged'):
+      ledger.read(self.path)
 
   def test_a_torn_last_line_is_detected_and_recorded(self):
     fill(self.path, 2)

@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -28,6 +29,22 @@ workdir = pathlib.Path(arguments['workdir'])
 with open(workdir / 'starts', 'a') as file:
   file.write(f'{os.getpid()}\\n')
 exec(config['do'])
+"""
+# A stage that saves when it is asked to stop.
+SAVING = """
+import signal
+def save(number, frame):
+  print('saving', flush=True)
+  for one in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(one, signal.SIG_IGN)
+  time.sleep(0.3)
+  (workdir / 'saved').touch()
+  print('saved', flush=True)
+  sys.exit(128 + number)
+for one in (signal.SIGINT, signal.SIGTERM):
+  signal.signal(one, save)
+print('begun', flush=True)
+time.sleep(600)
 """
 
 
@@ -117,26 +134,63 @@ class TrialTest(parameterized.TestCase):
     """After kill -9 of the loop, no stage may go on writing in the folder."""
     if not sys.platform.startswith('linux'):
       self.skipTest('needs PR_SET_PDEATHSIG')
-    self.workdir.mkdir()
-    code = f"""
-      import ml_collections, pathlib
-      from m2.evolve import trial
-      trial.run_main(
-        ml_collections.ConfigDict({{'do': 'time.sleep(600)'}}),
-        pathlib.Path({str(self.workdir)!r}), label='stage',
-        main=pathlib.Path({str(self.main)!r}))
-      """
-    parent = subprocess.Popen(
-      [sys.executable, '-c', textwrap.dedent(code)], cwd=provenance.ROOT
+    parent, child = self.start_apart(
+      "print('begun', flush=True); time.sleep(600)"
     )
-    starts = self.workdir / 'starts'
-    _wait_for(lambda: starts.exists() and starts.read_text().strip())
-    child = int(starts.read_text())
     parent.kill()
     parent.wait()
     _wait_for(lambda: not _runs(child))
     with self.assertRaisesRegex(trial.TrialError, 'do differ'):
       self.run_main('pass')  # the lock is free: it is the config that stops
+
+  @parameterized.parameters(signal.SIGINT, signal.SIGTERM)
+  def test_asked_to_stop_a_stage_ends_by_itself(self, number):
+    parent, child = self.start_apart(SAVING)
+    parent.send_signal(number)  # to the parent alone: it is passed on
+    self.assertEqual(parent.wait(WAIT), -number)
+    self.assertFalse(_runs(child))
+    self.assertTrue((self.workdir / 'saved').exists())
+    self.assertFalse((self.workdir / 'done.json').exists())
+    log = (self.workdir / 'log.txt').read_text()
+    self.assertEqual(log.split(), ['begun', 'saving', 'saved'])
+
+  def test_a_second_signal_kills_a_stage(self):
+    parent, child = self.start_apart(SAVING.replace('sleep(0.3)', 'sleep(600)'))
+    parent.send_signal(signal.SIGINT)
+    log = self.workdir / 'log.txt'
+    _wait_for(lambda: 'saving' in log.read_text())
+    parent.send_signal(signal.SIGINT)  # at once: the first, passed on
+    time.sleep(0.2)
+    self.assertTrue(_runs(child))
+    time.sleep(0.5)
+    parent.send_signal(signal.SIGINT)
+    self.assertEqual(parent.wait(WAIT), -signal.SIGINT)
+    _wait_for(lambda: not _runs(child))
+    self.assertFalse((self.workdir / 'saved').exists())
+
+  def start_apart(self, do: str) -> tuple[subprocess.Popen, int]:
+    """A process that runs a stage, and the id of the stage's process."""
+    self.workdir.mkdir()
+    code = f"""
+      import ml_collections, pathlib, signal
+      from m2.evolve import trial
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+      trial._SAME = 0.6
+      trial.run_main(
+        ml_collections.ConfigDict({{'do': {textwrap.dedent(do)!r}}}),
+        pathlib.Path({str(self.workdir)!r}), label='stage',
+        main=pathlib.Path({str(self.main)!r}))
+      """
+    parent = subprocess.Popen(
+      [sys.executable, '-c', textwrap.dedent(code)],
+      cwd=provenance.ROOT,
+      stderr=subprocess.DEVNULL,
+    )
+    self.addCleanup(parent.wait)
+    self.addCleanup(parent.kill)
+    log = self.workdir / 'log.txt'
+    _wait_for(lambda: log.exists() and 'begun' in log.read_text())
+    return parent, int((self.workdir / 'starts').read_text())
 
   def test_progress_lines_carry_time_and_eta(self):
     line = trial._progress('rl', ' step 30/120 loss 1.2 ', 60.0)

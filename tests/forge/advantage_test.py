@@ -50,6 +50,15 @@ class AdvantageTest(parameterized.TestCase):
     self.assertEqual(set(got), {'a', 'b'})
     np.testing.assert_allclose([got['a'][0], got['b'][0]], [1, -1])
 
+  @parameterized.parameters(
+    ([0.0, float('nan')],), ([float('-inf')],), ([1e308, 1e308],)
+  )
+  def test_rewards_that_are_no_numbers_are_named(self, steps):
+    with self.assertRaisesRegex(ValueError, 'episode b of task t: rewards .*'):
+      advantage.group(
+        [episode('a', [1.0]), episode('b', steps)], gamma=1.0, baseline='group'
+      )
+
   def test_one_score_has_nothing_to_compare_with(self):
     failed = episode('b', [0.0], types.Outcome.INFRA)
     got = advantage.group(

@@ -14,10 +14,10 @@ from absl.testing import absltest, parameterized
 from m2 import config, types
 from m2.checkpoint import store
 from m2.data import tokenizer
-from m2.forge import dataset, loop, rollout
+from m2.forge import dataset, evaluate, loop, rollout
 from m2.model import params as model_params
 from m2.parallel import mesh as meshes
-from m2.train import journal, optim, signals
+from m2.train import journal, optim, resume, signals
 from m2.train import state as train_state
 
 # Rollout against trainer, CPU float32 (issue 2).
@@ -26,7 +26,7 @@ TOKENIZER = tokenizer.train(['say something now'], 272)
 MODEL = config.ModelConfig(
   vocab=272,
   d_model=32,
-  layers=2,
+  layers=1,  # loops do not care; a second makes programs half as large again
   heads=4,
   kv_heads=2,
   head_dim=8,
@@ -120,15 +120,15 @@ class LoopTest(parameterized.TestCase):
     )
     self.save_start(lambda leaf: leaf)
 
-  def save_start(self, change):
-    """Writes the checkpoint that runs start from."""
+  def save_start(self, change, extra=None, run='sft'):
+    """Writes the checkpoint that runs start from, or that of another run."""
     mesh = meshes.make_mesh(None)
     params = model_params.init(MODEL, jax.random.key(0), mesh)
     state = train_state.start(
       jax.tree.map(change, params), mesh, optim.make(config.OptimConfig(), 1)
     )
-    with store.Store(self.start / 'checkpoints') as checkpoints:
-      checkpoints.save(state, None, step=0, extra={})
+    with store.Store(self.root / run / 'checkpoints') as checkpoints:
+      checkpoints.save(state, None, step=0, extra=extra or {})
 
   def run_loop(self, cfg, workdir='rl', **agent):
     """Runs; returns the final state, the metrics and the trained groups."""
@@ -215,6 +215,7 @@ class LoopTest(parameterized.TestCase):
       self.assertLess(row['mismatch/max'], MISMATCH)
     self.assertGreaterEqual(sum(row['env/dropped'] for row in rows), 1)
 
+  @pytest.mark.heavy
   def test_a_bad_batch_is_met_again_until_it_is_left_out(self):
     forge = {'groups': 2, 'in_flight': 2, 'group_size': 4}
     given = {'steps': 3, 'checkpoint': {'every': 1}}
@@ -314,6 +315,30 @@ class LoopTest(parameterized.TestCase):
     (self.start / 'tokenizer.json').unlink()
     with self.assertRaisesRegex(ValueError, 'no tokenizer.json in .*; copy'):
       self.run_loop(settings(str(self.start)))
+
+  def test_another_tokenizer_than_the_weights_had(self):
+    self.save_start(lambda leaf: leaf, {'tokenizer': 'another'})
+    cfg = settings(str(self.start))
+    asked = dataclasses.replace(
+      cfg, mode='eval', eval=config.EvalConfig(tasks=1)
+    )
+    message = f'{TOKENIZER.fingerprint()}, and .* trained with another; put'
+    for refused in (
+      lambda: self.run_loop(cfg), lambda: evaluate.run(asked, self.root)
+    ):  # fmt: skip
+      with self.assertRaisesRegex(ValueError, message):
+        refused()
+    self.assertFalse((self.root / 'rl' / 'tokenizer.json').exists())
+
+  def test_a_refused_start_leaves_the_tokenizer_of_the_run(self):
+    cfg = settings(str(self.start))
+    other = tokenizer.train(['another text altogether'], 272)
+    other.save(self.root / 'rl' / 'tokenizer.json')
+    self.save_start(lambda leaf: leaf, resume.note(cfg, other), 'rl')
+    with self.assertRaisesRegex(ValueError, 'rl/checkpoints holds a run with'):
+      self.run_loop(cfg)
+    kept = tokenizer.load(self.root / 'rl').fingerprint()
+    self.assertEqual(kept, other.fingerprint())
 
 
 def _index(group: str) -> int:

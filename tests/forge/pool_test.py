@@ -1,5 +1,6 @@
 """The data pool: exact, append-only, idempotent, quick."""
 
+import dataclasses
 import sqlite3
 import time
 
@@ -89,6 +90,24 @@ class PoolTest(absltest.TestCase):
     self.pool.put(completion(seed=1))
     with self.assertRaisesRegex(ValueError, 'append-only'):
       self.pool.flush()
+
+  def test_numbers_of_any_kind_are_stored_as_numbers(self):
+    plain = dataclasses.replace(completion(step=1), seconds=2.0, version=3)
+    kinds = dataclasses.replace(
+      plain, step=np.int64(1), seconds=2, version=np.int32(3)
+    )
+    paid = dataclasses.replace(
+      reward(), steps=(np.float32(0.5), 1), passed=1, parts={'perf': 1}
+    )
+    for one in (kinds, plain, kinds):
+      self.pool.put(completion())
+      self.pool.put(one)
+      self.pool.put_reward(paid)
+      self.pool.close('e')
+      (episode,) = self.pool.read(['e'])
+    self.assertEqual(episode.completions[1].version, 3)
+    self.assertEqual(episode.completions[1].seconds, 2)
+    self.assertEqual(episode.reward, reward(steps=(0.5, 1.0)))
 
   def test_conflict_before_the_write_is_refused(self):
     self.pool.put(completion())

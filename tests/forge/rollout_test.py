@@ -1,6 +1,8 @@
 """Groups in flight: never more than allowed, none lost, none doubled."""
 
 import asyncio
+import contextlib
+import io
 import time
 
 import numpy as np
@@ -23,6 +25,7 @@ class Agent:
     self, pool, delay=lambda task: 1, outcome=lambda task: types.Outcome.SCORE
   ):
     self._pool, self._delay, self._outcome = pool, delay, outcome
+    self.paid = lambda task, episode: 1.0
     self.playing, self.most, self.seeds = 0, 0, {}
 
   async def play(self, task, episode, seed):
@@ -39,8 +42,9 @@ class Agent:
       )
     )  # fmt: skip
     outcome = self._outcome(task)
+    steps = (self.paid(task, episode),)
     return types.Reward(
-      episode, outcome, (1.0,), passed=True, evidence='no disk'
+      episode, outcome, steps, passed=True, evidence='no disk'
     )
 
 
@@ -109,6 +113,21 @@ class RolloutTest(absltest.TestCase):
       self.scene.until(rollouts.take(1))
     self.assertEqual(rollouts.counters.dropped, 8)
     self.assertEqual(rollouts.counters.infra, 3 * rollouts.counters.groups)
+
+  def test_a_score_that_is_no_number_is_a_failure_of_the_machinery(self):
+    rollouts, agent = self.make(), Agent(self.pool)
+    agent.paid = lambda task, episode: (
+      float('nan') if episode == 'g0.0/1' else 1.0
+    )
+    self.scene.start(rollouts.keep_running(agent, Tasks()))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+      self.assertEqual(self.scene.until(rollouts.take(1)), ['g0.0'])
+    self.assertEqual(rollouts.counters.infra, 1)
+    evidence = 'episode g0.0/1: rewards [nan] are not finite'
+    self.assertEqual(said.getvalue(), f'rollout: {evidence}\n')
+    rewards = [e.reward for e in self.pool.read(rollout.episodes('g0.0', 3))]
+    self.assertEqual([r.outcome for r in rewards], ['score', 'infra', 'score'])
+    self.assertEqual(rewards[1].evidence, evidence)
 
   def test_failures_between_others_do_not_end_the_run(self):
     rollouts = self.make()

@@ -147,8 +147,13 @@ class TreeTest(parameterized.TestCase):
     self.assertEqual((split.until_BT > 0).sum(), (batch.until_BT > 0).sum() + 5)
     # Routes lie where their tokens do: one token in all took experts 1.
     self.assertEqual(int((split.experts_LBTX[0] == 1).all(-1).sum()), 1)
-    with self.assertRaisesRegex(ValueError, 'some rows carry routes'):
-      tree.merge_prefixes([rows[0], same[1]], tokens=64)
+    narrow = dataclasses.replace(same[0], experts=same[0].experts[..., :1])
+    for pack in (tree.merge_prefixes, tree.separate):
+      for mixed in ([rows[0], same[1]], [same[1], rows[0]]):
+        with self.assertRaisesRegex(ValueError, 'some rows carry routes'):
+          pack(mixed, tokens=64)
+      with self.assertRaisesRegex(ValueError, 'routes of several shapes'):
+        pack([narrow, same[1]], tokens=64)
 
   def test_padding_has_no_routes(self):
     rows = [
@@ -183,6 +188,11 @@ class TreeTest(parameterized.TestCase):
     for pack in (tree.merge_prefixes, tree.separate):
       with self.assertRaisesRegex(ValueError, 'no rows'):
         pack([], tokens=8)
+      idle = [dataclasses.replace(row, weight=0.0) for row in rows]
+      with self.assertRaisesRegex(ValueError, 'rows have weight 0: nothing'):
+        pack(idle, tokens=32)
+      one = pack([rows[0], *idle[1:]], tokens=32)
+      self.assertEqual(one.total, len(rows[0].old_logp))
 
   @parameterized.parameters(
     ({'start': 0}, 'start=0'),
@@ -190,6 +200,7 @@ class TreeTest(parameterized.TestCase):
     ({'old_logp': np.zeros(3)}, '3 log-probs for 2 ids'),
     ({'old_logp': np.array([0, np.nan])}, 'finite'),
     ({'advantage': np.inf}, 'finite'),
+    ({'weight': -0.5}, 'weight=-0.5 must not be negative'),
     ({'experts': np.zeros((3, 1, 1))}, 'routes of 3 tokens; 2 were fed'),
   )
   def test_bad_rows_are_refused(self, change, message):

@@ -113,6 +113,9 @@ class WindowTest(parameterized.TestCase):
   def test_misuse_is_refused(self):
     with self.assertRaisesRegex(ValueError, 'window=0'):
       window.WindowedFifo(0)
+    for width in (1.5, float('nan'), '2'):
+      with self.assertRaisesRegex(ValueError, 'must be a whole number'):
+        window.WindowedFifo(width)
     fifo = window.WindowedFifo(2)
     fifo.submit('a')
     with self.assertRaisesRegex(ValueError, "'a' is already"):
@@ -121,6 +124,32 @@ class WindowTest(parameterized.TestCase):
       fifo.done('b')
     with self.assertRaisesRegex(ValueError, 'done but not queued'):
       fifo.restore({'head': 0, 'next_index': 1, 'queued': [], 'done': ['x']})
+
+  @parameterized.parameters(
+    ({'head': 3}, 'head=3 is not the oldest queued index'),
+    ({'head': 1.0}, "'float' object cannot be"),
+    ({'queued': []}, 'head=2 is not .* next_index=6'),
+    ({'queued': [], 'done': [], 'head': -1, 'next_index': -1}, 'head=-1'),
+    ({'queued': [['a', 2], ['b', 2]]}, 'do not rise'),
+    ({'queued': [['b', 5], ['a', 2]]}, 'do not rise'),
+    ({'queued': [['a', 2], ['a', 5]]}, 'queued twice'),
+    ({'queued': [['a', 2], ['b', 5, 6]]}, 'too many values'),
+    ({'next_index': 5}, 'index 5 is not below next_index=5'),
+    ({'done': ['x']}, "done but not queued: .'x'"),
+    ({'done': None}, "'NoneType' object is not iterable"),
+  )
+  def test_states_that_cannot_be(self, change, message):
+    good = {
+      'head': 2, 'next_index': 6, 'queued': [['a', 2], ['b', 5]], 'done': [],
+    }  # fmt: skip
+    fifo = window.WindowedFifo(2)
+    fifo.restore(good)
+    with self.assertRaisesRegex(ValueError, message):
+      fifo.restore(good | change)
+    self.assertEqual(fifo.state(), good)
+    for name in good:
+      with self.assertRaisesRegex(ValueError, f"KeyError.'{name}'"):
+        fifo.restore({key: good[key] for key in good if key != name})
 
 
 if __name__ == '__main__':

@@ -3,13 +3,14 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import re
 
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from m2 import config, types
-from m2.data import template, tokenizer
+from m2.data import markup, template, tokenizer
 from m2.engine import engine as engine_lib
 from m2.gateway import capture
 from m2.model import params as model_params
@@ -36,11 +37,16 @@ CALL = (
   '<parameter name="script">select 1;</parameter>\n</invoke>\n'
   '</minimax:tool_call>'
 )
+SPECIAL = '|'.join(map(re.escape, markup.SPECIALS))
 SAMPLING = types.Sampling(max_new=64)
 
 
 class Scripted:
-  """An engine that answers with given texts, cut up in a way of its own."""
+  """An engine that answers with given texts, cut up in a way of its own.
+
+  Special tokens in a text are such, but for those inside ‹ and ›, which it
+  quotes with plain ids.
+  """
 
   def __init__(self, *answers, stop=types.StopReason.EOS):
     self.requests = []
@@ -50,11 +56,12 @@ class Scripted:
     self.requests.append(request)
     text = self._answers.pop(0)
     ids = []
-    # One character at a time: no tokeniser would give these ids.
-    for part in text.replace('</think>', '\0').split('\0'):
-      ids += [id for c in part for id in TOKENIZER.encode_plain(c)]
-      ids += TOKENIZER.encode('</think>')
-    ids = ids[: -len(TOKENIZER.encode('</think>'))]
+    parts = re.split(f'({SPECIAL})|‹(.*?)›', text, flags=re.DOTALL)
+    for place, part in enumerate(parts):  # text, special, quoted, text, ...
+      if part and place % 3 == 1:
+        ids += TOKENIZER.encode(part)
+      else:  # one character at a time: no tokeniser would give these ids
+        ids += [id for c in part or '' for id in TOKENIZER.encode_plain(c)]
     ids += [EOS] if self._stop == types.StopReason.EOS else []
     future = concurrent.futures.Future()
     future.set_result(
@@ -150,8 +157,8 @@ class CaptureTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'parameters': [1]}, 'parameters is no schema'),
-    ({'parameters': {'properties': [1]}}, 'properties is no mapping'),
-    ({'parameters': {'required': 5}}, 'required is no list'),
+    ({'parameters': {'properties': [1]}}, r'properties is \[1\]'),
+    ({'parameters': {'required': 5}}, 'required is 5'),
     ({'parameters': {'properties': {'a<b': {}}}}, "hold the name 'a<b'"),
   )
   def test_tools_that_make_no_sense_are_refused_before_sampling(
@@ -161,6 +168,27 @@ class CaptureTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       chat(gateway, [user()], tools=[{'name': 'look', **tool}])
     self.assertEmpty(engine.requests)
+
+  def test_what_is_quoted_is_not_done(self):
+    quote = CALL.removeprefix('think a bit\n')
+    answers = (
+      f'it said ‹{quote}›\n</think>\n\nfine',
+      f'why\n</think>\n\n‹{quote}›',
+      CALL.replace('select 1;', 'select ‹[e~[</think><minimax:tool_call>›'),
+    )
+    gateway = capture.Gateway(Scripted(*answers), TOKENIZER)
+    thought, _ = chat(gateway, [user()])
+    self.assertEqual(thought.reasoning, f'it said {quote}')
+    self.assertEqual((thought.content, thought.errors), ('fine', ()))
+    said, _ = chat(gateway, [user()], 'f')
+    self.assertIn('outside a block', said.errors[0])
+    called, _ = chat(gateway, [user()], 'g')
+    self.assertEqual(thought.tool_calls + said.tool_calls, ())
+    script = 'select [e~[</think><minimax:tool_call>'
+    self.assertEqual(
+      called.tool_calls, (types.ToolCall('sql', {'script': script}),)
+    )
+    self.assertEqual(called.errors, ())
 
   @parameterized.parameters('no tags at all', CALL[:-5], '</think><invoke')
   def test_malformed_answers_are_kept_as_sampled(self, answer):

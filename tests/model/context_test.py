@@ -125,6 +125,7 @@ def factorisations() -> list[config.MeshConfig]:
 
 
 class ModelTest(parameterized.TestCase):
+  @pytest.mark.heavy
   def test_equals_one_device_also_block_by_block(self):
     on_one_device(AHEAD)  # not block by block
     small_rows, small_blocks = block_by_block()

@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from m2 import config
@@ -239,10 +240,17 @@ class DecodeTest(absltest.TestCase):
 
 
 class MeshTest(parameterized.TestCase):
+  def test_loss_load_and_gradients_equal_one_device(self):
+    self.compare(2, 2, 2, 1)
+
   @parameterized.parameters(
-    (2, 2, 2, 1), (2, 1, 2, 2), (8, 1, 1, 1), (1, 2, 4, 1), (1, 1, 1, 1)
+    (2, 1, 2, 2), (8, 1, 1, 1), (1, 2, 4, 1), (1, 1, 1, 1)
   )
-  def test_loss_load_and_gradients_equal_one_device(self, *shape):
+  @pytest.mark.heavy
+  def test_so_they_do_on_other_meshes(self, *shape):
+    self.compare(*shape)
+
+  def compare(self, *shape):
     values = tiny.weights()
     (want, want_load), want_grads = gradients(values, TINY, *rows())
     count = int(np.prod(shape))
@@ -290,6 +298,26 @@ class MeshTest(parameterized.TestCase):
       self.assertRaisesRegex(ValueError, '1 rows are not'),
     ):
       tiny.logits(TINY, values, np.zeros((1, 4), np.int32))
+
+  def test_tokens_that_are_no_ids_are_refused(self):
+    with self.assertRaisesRegex(ValueError, 'tokens are float32'):
+      transformer.logits(TINY, None, np.ones((1, 4), np.float32))
+
+  @parameterized.parameters(
+    {'rotary_dim': 3},
+    {'dtype': 'float16'},
+    {'layers': 0},
+    {'heads': 5},
+  )
+  def test_a_shape_that_is_no_model_is_refused(self, **fields):
+    cfg = dataclasses.replace(TINY, **fields)
+    before = set(config.Settings.READS)
+    ((name, value),) = fields.items()
+    with self.assertRaisesRegex(ValueError, f'model.{name}=.?{value}'):
+      params.abstract(cfg)
+    with self.assertRaisesRegex(ValueError, f'model.{name}=.?{value}'):
+      params.init(cfg, jax.random.key(0))
+    self.assertEqual(config.Settings.READS, before)
 
   def test_sizes_that_do_not_fit_are_named(self):
     with self.assertRaisesRegex(ValueError, 'expert=3'):

@@ -87,6 +87,12 @@ class GroupedMatmulTest(parameterized.TestCase):
       pallas_kernels.grouped_matmul(x_MK[:, :3], w_GKN, sizes_G)
     with self.assertRaisesRegex(ValueError, 'one entry for each'):
       pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G[:1])
+    with self.assertRaisesRegex(ValueError, 'align=0 must be positive'):
+      pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, align=0)
+    with self.assertRaisesRegex(ValueError, 'groups=0 and align=1 must'):
+      pallas_kernels.grouped_matmul(x_MK, w_GKN[:0], sizes_G[:0])
+    with self.assertRaisesRegex(ValueError, 'align=-8 must be positive'):
+      api.weight_gradient(x_MK, x_MK, sizes_G, align=-8)
     with self.assertRaisesRegex(ValueError, 'bfloat16'):
       pallas_kernels.grouped_matmul(x_MK.astype(jnp.bfloat16), w_GKN, sizes_G)
     with self.assertRaisesRegex(NotImplementedError, 'mosaic_tpu'):

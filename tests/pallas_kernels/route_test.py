@@ -77,6 +77,9 @@ class RouteTest(parameterized.TestCase):
   def test_bad_counts(self):
     with self.assertRaisesRegex(ValueError, 'top_k=9'):
       pallas_kernels.route(scores(0, 2, 8), np.zeros(8), top_k=9)
+    for shape in (1,), (7,), (2, 8), ():
+      with self.assertRaisesRegex(ValueError, 'bias .* each of the 8 experts'):
+        pallas_kernels.route(scores(0, 2, 8), np.zeros(shape), top_k=2)
 
 
 class PermuteTest(parameterized.TestCase):

@@ -51,6 +51,7 @@ class PodTest(parameterized.TestCase):
     self.assertLen(pod.losses(workdir), STEPS)
     self.assertEqual(pod.ledger(workdir), pod.ledger(whole))
 
+  @pytest.mark.heavy
   def test_two_processes_are_stopped_and_one_goes_on(self):
     whole, torn = self.folder / 'whole', self.folder / 'torn'
     with pod.Pod(self.cfg, whole) as alone:

@@ -19,8 +19,8 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from m2.checkpoint import store
-from m2.data import pipeline
-from m2.train import journal, loop, signals
+from m2.data import pipeline, tokenizer
+from m2.train import journal, loop, resume, signals
 from tests import folders
 from tests.train import small, worker
 
@@ -132,13 +132,43 @@ class LoopTest(parameterized.TestCase):
     first, values = losses(self.first), losses(second)
     self.assertLess(values[0], (first[0] + first[-1]) / 2)
 
+  def test_weights_need_their_tokenizer(self):
+    workdir, start = self.workdir(), self.workdir()
+    os.symlink(self.first / 'checkpoints', start / 'checkpoints')
+    with self.assertRaisesRegex(ValueError, 'no tokenizer.json in'):
+      run_loop(workdir, f'checkpoint.init_from={start}')
+    self.assertFalse((workdir / 'tokenizer.json').exists())
+
+  def test_a_refused_start_does_not_bind_the_next(self):
+    workdir = self.workdir()
+    other = tokenizer.train(['other text'], small.MODEL.vocab)
+    other.save(workdir / 'other.json')
+    refused = mock.patch.object(resume, 'begin', side_effect=ValueError)
+    with refused, self.assertRaises(ValueError):
+      run_loop(workdir, f'data.tokenizer={workdir / "other.json"}')
+    with refused, self.assertRaises(ValueError):
+      run_loop(workdir)
+    self.assertEqual(
+      (self.first / 'tokenizer.json').read_bytes(),
+      (workdir / 'tokenizer.json').read_bytes(),
+    )
+
+  def test_a_run_in_use_keeps_its_tokenizer(self):
+    workdir = self.workdir()
+    with store.Store(workdir / 'checkpoints'):
+      with self.assertRaisesRegex(store.CheckpointError, 'in use by another'):
+        run_loop(workdir)
+    self.assertFalse((workdir / 'tokenizer.json').exists())
+
   def test_a_bad_weight_stops_the_run_and_is_named(self):
     workdir, start = self.workdir(), self.workdir()
     params = jax.tree.map(np.array, self.state.params)
-    params['blocks']['moe']['wo'][1, :, 3] = np.nan  # whichever is chosen
+    params['blocks']['moe']['wo'][0, :, 3] = np.nan  # whichever is chosen
     with store.Store(start / 'checkpoints') as made:
       placed = jax.tree.map(jax.numpy.asarray, params)
       made.save({'params': placed}, None, step=0, extra={})
+    words = (self.first / 'tokenizer.json').read_bytes()
+    (start / 'tokenizer.json').write_bytes(words)
     message = 'step 1 is not finite.*blocks/moe/wo were not finite before it'
     with self.assertRaisesRegex(journal.TrainingError, message):
       run_loop(workdir, f'checkpoint.init_from={start}')
@@ -296,7 +326,7 @@ class KillTest(parameterized.TestCase):
     ):
       self.assertEqual(row, other)
     first, second = (
-      store.load_params(path, small.MODEL) for path in (whole, torn)
+      store.load_params(path, worker.MODEL) for path in (whole, torn)
     )
     jax.tree.map(np.testing.assert_array_equal, first, second)
 

@@ -49,6 +49,8 @@ class ChangesTest(parameterized.TestCase):
     ('steps', 99),
     ('optim.lr', 1.0),
     ('model.remat', 'full'),
+    ('model.expert_strategy', 'gather'),
+    ('model.expert_chunks', 2),
     ('data.prefetch', 9),
     ('mesh.fsdp', 4),
     ('log.every', 1),
@@ -88,6 +90,20 @@ class ChangesTest(parameterized.TestCase):
       checkpoints.wait()
       with self.assertRaisesRegex(ValueError, "optim.name was 'adamw'"):
         resume.begin(small.run_config(), None, None, checkpoints, None, now)
+      self.assertTrue(resume.begun(checkpoints))
+
+  def test_converted_weights_are_no_run(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    with store.Store(folder / 'checkpoints') as checkpoints:
+      self.assertFalse(resume.begun(checkpoints))
+      params, extra = {'params': {'w': jnp.ones(3)}}, {'config': {'model': {}}}
+      checkpoints.save(params, None, step=0, extra=extra, asynchronous=False)
+      message = f'no.* run: .* checkpoint.init_from={folder} and another'
+      with self.assertRaisesRegex(ValueError, message):
+        resume.begun(checkpoints)
+      config = small.run_config()
+      with self.assertRaisesRegex(ValueError, message):
+        resume.begin(config, None, None, checkpoints, None, self.note)
 
 
 class TokenizerTest(parameterized.TestCase):
@@ -97,7 +113,7 @@ class TokenizerTest(parameterized.TestCase):
     (start / 'checkpoints' / '4').mkdir(parents=True)
     (start / 'tokenizer.json').write_text('{}')
     cfg = small.run_config(checkpoint={'init_from': str(start / below)})
-    found = resume.data_config(cfg)
+    found = resume.data_config(cfg, resumed=False)
     path = pathlib.Path(found.tokenizer)
     self.assertTrue(path.samefile(start / 'tokenizer.json'))
     self.assertEqual(found.batch, cfg.data.batch)
@@ -107,7 +123,17 @@ class TokenizerTest(parameterized.TestCase):
     (above / 'model').mkdir()
     (above / 'tokenizer.json').write_text('{}')
     cfg = small.run_config(checkpoint={'init_from': str(above / 'model')})
-    self.assertEqual(resume.data_config(cfg).tokenizer, '')
+    with self.assertRaisesRegex(
+      ValueError, r'no tokenizer.json in .*/model; .* in data\.tokenizer'
+    ):
+      resume.data_config(cfg, resumed=False)
+    # A run that has begun has one in its workdir.
+    self.assertEqual(resume.data_config(cfg, resumed=True).tokenizer, '')
+
+  def test_a_start_that_is_not_there(self):
+    cfg = small.run_config(checkpoint={'init_from': '/does/not/exist'})
+    with self.assertRaisesRegex(store.CheckpointError, 'not a directory'):
+      resume.data_config(cfg, resumed=False)
 
   def test_a_tokenizer_that_is_named_comes_first(self):
     start = pathlib.Path(self.create_tempdir().full_path)
@@ -115,14 +141,15 @@ class TokenizerTest(parameterized.TestCase):
     cfg = small.run_config(
       checkpoint={'init_from': str(start)}, data={'tokenizer': 'mine.json'}
     )
-    self.assertEqual(resume.data_config(cfg).tokenizer, 'mine.json')
+    found = resume.data_config(cfg, resumed=False)
+    self.assertEqual(found.tokenizer, 'mine.json')
 
   def test_looking_does_not_count_as_reading(self):
     start = pathlib.Path(self.create_tempdir().full_path)
     (start / 'tokenizer.json').write_text('{}')
     cfg = small.run_config(checkpoint={'init_from': str(start)})
     settings.Settings.READS.clear()
-    resume.data_config(cfg)
+    resume.data_config(cfg, resumed=False)
     self.assertIn('data.examples', settings.unread(cfg))
 
 

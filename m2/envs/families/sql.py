@@ -64,6 +64,7 @@ def generate(skill: str, difficulty: int, split: str, seed: str) -> types.Task:
     'gold': job.gold,
     'mistakes': [list(pair) for pair in job.mistakes],
     'keyless': list(job.keyless),
+    'link': list(job.link),
     'canary': CANARY,
   }
   return types.Task(
@@ -132,7 +133,6 @@ class Workspace:
     self._task = task
     self._db: sql_database.Database | None = None
     self.scripts: list[str] = []
-    self.timeouts = 0
 
   async def __aenter__(self) -> 'Workspace':
     """Opens the database."""
@@ -149,7 +149,6 @@ class Workspace:
     try:
       rows = self._db.run(command)
     except sql_database.ScriptError as error:
-      self.timeouts += error.timeout
       return f'error: {error}'[:SHOWN]
     self.scripts.append(command)
     return _say(rows)
@@ -164,8 +163,9 @@ def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
 
   Returns:
     Passed iff every hidden database ends exactly as the gold script leaves it.
-    A script that runs into the instruction limit is a timeout, not a score; a
-    gold script that does not run is the environment's failure.
+    A script that runs into the instruction limit does so in every replay: it
+    has failed. One that the clock ends is a timeout, not a score; a gold script
+    that does not run is the environment's failure.
   """
   score = types.Outcome.SCORE
   for place in range(HIDDEN):
@@ -180,12 +180,13 @@ def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
       for script in scripts:
         db.run(script)
       got = db.state(tuple(task.data['keyless']))
+      _settle(got, *task.data['link'])
     except sql_database.ScriptError as error:
-      if error.timeout:
-        return types.Verdict(
-          types.Outcome.TIMEOUT, False, 0.0, 'limit', str(error)
-        )
-      return types.Verdict(score, False, 0.0, 'hidden_error', str(error))
+      outcome, label = {
+        'steps': (score, 'limit'),
+        'seconds': (types.Outcome.TIMEOUT, 'timeout'),
+      }.get(error.limit, (score, 'hidden_error'))
+      return types.Verdict(outcome, False, 0.0, label, str(error))
     except sqlite3.Error as error:  # the agent's doing, not the machine's
       return types.Verdict(score, False, 0.0, 'broken_database', str(error))
     finally:
@@ -194,6 +195,21 @@ def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
     if difference:
       return types.Verdict(score, False, 0.0, *difference)
   return types.Verdict(score, True, 1.0)
+
+
+def _settle(
+  state: Mapping[str, Any], table: str = '', column: str = '', parent: str = ''
+) -> None:
+  """Drops what the declaration of a column of keys is free to say."""
+  found = state['tables'].get(table)
+  if found is None:
+    return
+  found['columns'] = [
+    (name, 'INT' if (name, kind) == (column, 'INTEGER') else kind, *rest)
+    for name, kind, *rest in found['columns']
+  ]
+  free = (parent, column, 'id', 'NO ACTION', 'NO ACTION', 'NONE')
+  found['links'] = [link for link in found['links'] if link != free]
 
 
 def _difference(

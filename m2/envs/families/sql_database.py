@@ -10,6 +10,8 @@ against wrong and hostile scripts, not a security boundary against bugs of
 sqlite itself.
 """
 
+import contextlib
+import functools
 import re
 import sqlite3
 import time
@@ -64,6 +66,10 @@ NAMED = re.compile(r'\bAS\s*(?:(?:NOT\s+)?MATERIALIZED\s*)?\(', re.I)
 # may as well be between two expressions, which then counts too much.
 DERIVED = re.compile(r'(?:\b(?:FROM|JOIN)|,)[\s(]*\(\s*(?:SELECT|WITH)\b', re.I)
 WORD = re.compile(r'\w+')
+# A default whose value is read without running anything of the script's.
+LITERAL = re.compile(
+  r"""NULL|[+-]?\s*[0-9.][0-9a-z.+-]*|"(?:[^"]|"")*"|'(?:[^']|'')*'""", re.I
+)
 OBJECTS = (
   'SELECT type, name, tbl_name, sql FROM sqlite_master '
   "WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"
@@ -76,10 +82,10 @@ BRACKETS = ('BEGIN', 'COMMIT', 'END')
 class ScriptError(Exception):
   """A script that sqlite or a guard refused; the database is as before it."""
 
-  def __init__(self, message: str, timeout: bool = False):
-    """Keeps whether the instruction limit was what ended it."""
+  def __init__(self, message: str, limit: str = ''):
+    """Keeps which limit ended it: 'steps', 'seconds', or '' for neither."""
     super().__init__(message)
-    self.timeout = timeout
+    self.limit = limit
 
 
 class Database:
@@ -131,9 +137,10 @@ class Database:
     except (sqlite3.Error, ValueError, OverflowError, MemoryError) as error:
       if self._db.in_transaction:
         self._db.execute('ROLLBACK')
-      code = getattr(error, 'sqlite_errorcode', None)
-      timeout = code == sqlite3.SQLITE_INTERRUPT
-      raise ScriptError(str(error), timeout) from None
+      limit = ''
+      if getattr(error, 'sqlite_errorcode', None) == sqlite3.SQLITE_INTERRUPT:
+        limit = 'steps' if self._left <= 0 else 'seconds'
+      raise ScriptError(str(error), limit) from None
     return rows
 
   def _refuse_generated(self) -> None:
@@ -181,7 +188,7 @@ class Database:
     quoted = _quote(name)
     info = self._db.execute(f'PRAGMA table_xinfo({quoted})').fetchall()
     columns = sorted(
-      (column, kind.upper(), notnull, default, key, hidden)
+      (column, kind.upper(), notnull, _value(default), key, hidden)
       for _, column, kind, notnull, default, key, hidden in info
     )
     links = self._db.execute(f'PRAGMA foreign_key_list({quoted})').fetchall()
@@ -251,6 +258,20 @@ def _refuse_growth(statement: str) -> None:
       f'{words} words are too many for a statement of {levels - 1} queries '
       'within each other: take fewer or split it'
     )
+
+
+@functools.lru_cache(1024)
+def _value(default: str | None) -> str:
+  """A default as sqlite spells its value; what is no literal as it stands."""
+  if default is None:
+    return 'NULL'
+  if not LITERAL.fullmatch(default):
+    return default
+  with contextlib.closing(sqlite3.connect(':memory:')) as db:
+    try:
+      return db.execute(f'SELECT quote({default})').fetchone()[0]
+    except sqlite3.Error:
+      return default
 
 
 def _quote(name: str) -> str:

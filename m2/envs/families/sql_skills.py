@@ -22,6 +22,8 @@ class Job:
     gold: statements of one right answer.
     mistakes: (right, wrong) words; writing the wrong one makes sqlite object.
     keyless: tables whose `id` values are free.
+    link: (table, column, parent) of a new column of a parent's keys, which may
+      as well be INTEGER and reference the parent; () where there is none.
     after: the schema once the gold script ran; None where nothing follows.
   """
 
@@ -29,6 +31,7 @@ class Job:
   gold: list[str]
   mistakes: list[tuple[str, str]]
   keyless: tuple[str, ...] = ()
+  link: tuple[str, ...] = ()
   after: sql_schema.Schema | None = None
 
 
@@ -197,10 +200,11 @@ def retype_rebuild(rng: random.Random, schema: sql_schema.Schema) -> Job:
 def split_table(rng: random.Random, schema: sql_schema.Schema) -> Job:
   table, column, kind, other, _ = _parts(rng, schema)
   child, owner = schema.free_table(rng), f'{table.name}_id'
+  columns = f'with key id and {owner} INT'
   request = rng.choice(
     (
-      f'move {column} of {table.name} to a new table {child} with {owner}',
-      f'split {column} from {table.name} into table {child} with {owner}',
+      f'move {column} of {table.name} to a new table {child} {columns}',
+      f'split {column} from {table.name} into a new table {child} {columns}',
     )
   )
   gold = [
@@ -210,7 +214,8 @@ def split_table(rng: random.Random, schema: sql_schema.Schema) -> Job:
     f'ALTER TABLE {table.name} DROP COLUMN {column}',
   ]
   mistake = (f'id,{column} ', f'id,{other} ')
-  return Job(request, gold, [mistake], keyless=(child,))
+  link = (child, owner, table.name)
+  return Job(request, gold, [mistake], keyless=(child,), link=link)
 
 
 def merge_tables(rng: random.Random, schema: sql_schema.Schema) -> Job:
@@ -221,7 +226,7 @@ def merge_tables(rng: random.Random, schema: sql_schema.Schema) -> Job:
   request = rng.choice(
     (
       f'move all rows of {twin} into {table.name} and drop {twin}',
-      f'merge table {twin} into {table.name}',
+      f'merge table {twin} into {table.name}, then drop {twin}',
     )
   )
   gold = [
