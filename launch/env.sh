@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv
 case ${1:-} in
   cpu | cuda | tpu) kind=$1; shift ;;
-  '' | *.txt) kind=$(cat $venv/.m2/kind 2>/dev/null || echo cpu) ;;
+  '' | *.txt) kind=$(cat $venv/.m2/kind 2>/dev/null || true) kind=${kind:-cpu} ;;
   *) echo "launch/env.sh: '$1' is not a kind; choose cpu, cuda or tpu" >&2
      exit 2 ;;
 esac
@@ -122,15 +122,24 @@ installed() {  # FILE
 
 stamp_name() { echo "${1//\//_}"; }
 
+keep() {  # NAME: standard input as a file that is whole, or not there
+  cat >"$venv/.m2/writing"
+  mv "$venv/.m2/writing" "$venv/.m2/$1"
+}
+
 make_venv() {
   local base folders
   base=$(find_python)
   say "making $venv on $base ($("$base" --version)) for $kind"
-  rm -rf "$venv"
+  [[ -d $venv && ! -L $venv ]] || rm -f "$venv"
+  # A venv with this mark is made anew: it is there before anything is deleted,
+  # and the kind that was asked for is not lost, wherever this is killed.
   mkdir -p "$venv/.m2"
-  touch "$venv/.m2/unfinished"  # a venv with this mark is made anew
-  echo "$kind" >"$venv/.m2/kind"
-  echo "$base" >"$venv/.m2/base"
+  touch "$venv/.m2/unfinished"
+  keep kind <<<"$kind"
+  keep base <<<"$base"
+  find "$venv" -mindepth 1 -maxdepth 1 ! -name .m2 -exec rm -rf {} +
+  rm -f "$venv"/.m2/*.txt
   "$base" -m venv "$venv"
   folders=$(host_jax "$base")
   if [[ -n $folders ]]; then
@@ -167,8 +176,7 @@ install_file() {  # FILE
     [[ $whole == no ]] || rm -f "$venv/.m2/unfinished"
     return 1
   }
-  stamp "$1" >"$venv/.m2/writing"
-  mv "$venv/.m2/writing" "$venv/.m2/$(stamp_name "$1")"
+  stamp "$1" | keep "$(stamp_name "$1")"
   rm -f "$venv/.m2/unfinished"
 }
 
@@ -182,7 +190,7 @@ if command -v flock >/dev/null; then
 fi
 if [[ ! -e $venv/.m2/kind && -x $python ]] && usable "$python"; then
   mkdir -p "$venv/.m2"  # somebody's own .venv: used as it is, never deleted
-  echo "$kind" >"$venv/.m2/kind"
+  keep kind <<<"$kind"
 fi
 if [[ -e $venv/.m2/unfinished || ! -x $python ]] ||
   ! "$python" --version >/dev/null 2>&1 ||

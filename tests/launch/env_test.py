@@ -80,6 +80,7 @@ class EnvTest(absltest.TestCase):
     run.wait()
     self.assertTrue(mark.exists())
     (self.root / '.venv' / 'witness').touch()
+    (mark.parent / 'kind').write_text('')  # as a full disk leaves it
     venv = self.make()
     self.assertFalse((venv / 'witness').exists())
     self.assertFalse(mark.exists())
