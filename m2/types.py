@@ -27,7 +27,7 @@ class Outcome(enum.StrEnum):
   """What a reward means. Only SCORE enters group statistics.
 
   What the agent's artifact does in every replay is its own: one that exhausts
-  a limit which no clock decides is a SCORE that did not pass.
+  the steps or the processor time it has is a SCORE that did not pass.
   """
 
   SCORE = 'score'  # the verifier judged the artifact

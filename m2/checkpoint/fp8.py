@@ -196,7 +196,8 @@ def _recover(block_NIJ, peak_N, scale_N) -> None:
     if not left_N.size:
       break
     guess_N = (peak_N[left_N] / np.float32(code)).view(np.int32) + ulps
-    guess_N = np.maximum(guess_N.view(np.float32), _TINY)
+    # Below the smallest number lies NaN, which `fmax` passes over.
+    guess_N = np.fmax(guess_N.view(np.float32), _TINY)
     # One row of a block rules out nearly every wrong guess, at 1/128 the work.
     fits_N = _exact(block_NIJ[left_N, :1], guess_N)
     fits_N[fits_N] = _exact(block_NIJ[left_N[fits_N]], guess_N[fits_N])

@@ -163,8 +163,8 @@ def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
 
   Returns:
     Passed iff every hidden database ends exactly as the gold script leaves it.
-    A script that runs into the instruction limit does so in every replay: it
-    has failed. One that the clock ends is a timeout, not a score; a gold script
+    A script that runs into a limit, of instructions or of processor time, has
+    failed: it does so in every replay, on a busy machine or not. A gold script
     that does not run is the environment's failure.
   """
   score = types.Outcome.SCORE
@@ -182,11 +182,8 @@ def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
       got = db.state(tuple(task.data['keyless']))
       _settle(got, *task.data['link'])
     except sql_database.ScriptError as error:
-      outcome, label = {
-        'steps': (score, 'limit'),
-        'seconds': (types.Outcome.TIMEOUT, 'timeout'),
-      }.get(error.limit, (score, 'hidden_error'))
-      return types.Verdict(outcome, False, 0.0, label, str(error))
+      label = 'limit' if error.limited else 'hidden_error'
+      return types.Verdict(score, False, 0.0, label, str(error))
     except sqlite3.Error as error:  # the agent's doing, not the machine's
       return types.Verdict(score, False, 0.0, 'broken_database', str(error))
     finally:

@@ -20,7 +20,7 @@ from typing import Any
 
 STEPS = 100_000  # virtual-machine instructions of one script
 LOOK = 1000  # instructions between two looks at the budget
-SECONDS = 2.0  # of one script: one instruction may be a slow function
+SECONDS = 2.0  # of the processor, of one script: a function may be slow
 SCRIPT = 8000  # characters
 # Bytes of a value: a function of two values may take their product in time.
 VALUE = 4000
@@ -82,10 +82,10 @@ BRACKETS = ('BEGIN', 'COMMIT', 'END')
 class ScriptError(Exception):
   """A script that sqlite or a guard refused; the database is as before it."""
 
-  def __init__(self, message: str, limit: str = ''):
-    """Keeps which limit ended it: 'steps', 'seconds', or '' for neither."""
+  def __init__(self, message: str, limited: bool = False):
+    """Keeps whether a limit ended it."""
     super().__init__(message)
-    self.limit = limit
+    self.limited = limited
 
 
 class Database:
@@ -117,7 +117,7 @@ class Database:
     """
     if len(script) > SCRIPT:
       raise ScriptError(f'script of {len(script)} characters is too long')
-    self._left, self._deadline = STEPS, time.monotonic() + SECONDS
+    self._left, self._deadline = STEPS, time.thread_time() + SECONDS
     rows: list[tuple[Any, ...]] = []
     self._db.execute('BEGIN')
     try:
@@ -137,10 +137,8 @@ class Database:
     except (sqlite3.Error, ValueError, OverflowError, MemoryError) as error:
       if self._db.in_transaction:
         self._db.execute('ROLLBACK')
-      limit = ''
-      if getattr(error, 'sqlite_errorcode', None) == sqlite3.SQLITE_INTERRUPT:
-        limit = 'steps' if self._left <= 0 else 'seconds'
-      raise ScriptError(str(error), limit) from None
+      code = getattr(error, 'sqlite_errorcode', None)
+      raise ScriptError(str(error), code == sqlite3.SQLITE_INTERRUPT) from None
     return rows
 
   def _refuse_generated(self) -> None:
@@ -238,7 +236,7 @@ class Database:
     if self._own:
       return False
     self._left -= LOOK
-    return self._left <= 0 or time.monotonic() > self._deadline
+    return self._left <= 0 or time.thread_time() > self._deadline
 
 
 def _refuse_growth(statement: str) -> None:
