@@ -40,6 +40,7 @@ def config(folder: pathlib.Path, **changes: Any) -> settings.RunConfig:
     'shards': 2,
   }
   mesh = {'data': 2, 'fsdp': 2, 'expert': 2}
+  changes['model'] = {'layers': 1} | changes.get('model', {})
   changes['data'] = data | changes.get('data', {})
   changes['mesh'] = mesh | changes.get('mesh', {})
   optim = {'lr': 1e-4, 'warmup': 2, 'decay': 0.0}
