@@ -4,6 +4,7 @@ import jax
 from jax import lax
 
 BOX = 256  # longest side of a bulk copy
+SHARED = 224 << 10  # bytes of shared memory that buffers of a block may take
 
 
 def refusal() -> str | None:

@@ -1,8 +1,9 @@
 """Tile sizes are data: one frozen record an operation, a table a device kind.
 
 `tiles.json` holds what `autotune` measured: device kind -> operation ->
-contraction and output widths, or size of the groups -> tiles. What is not in
-the table takes the default, which is sound on every Hopper GPU.
+contraction and output widths -> tiles; under 'rows' it may hold row tiles, by
+size of the groups, and holds none now. What is not in the table takes the
+default, which is sound on every Hopper GPU.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ ROW_TILES = {
 
 
 def row_tiles(device_kind: str, mean: int) -> RowTiles:
-  """The row tiles measured best for this device, or the default.
+  """The table's row tiles for this device, or the default, as for all now.
 
   Args:
     device_kind: as `jax.Device.device_kind` has it, such as 'NVIDIA H200'.

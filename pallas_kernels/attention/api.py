@@ -35,9 +35,23 @@ def attention(
     impl: backend; None picks the best for this platform.
 
   Raises:
-    ValueError: N is not a multiple of K.
+    ValueError: shapes that do not match, or N is not a multiple of K.
+    NotImplementedError: a backend forced by name that cannot do this.
   """
-  queries, heads = q_BTNH.shape[1:3]
+  batch, queries, heads, _ = q_BTNH.shape
+  keys = k_BSKH.shape[:2]
+  query = (batch, queries) if query_BT is None else query_BT.shape
+  if (
+    keys[0] != batch
+    or k_BSKH.shape != (*v_BSKH.shape[:3], q_BTNH.shape[3])
+    or until_BS.shape != keys
+    or query != (batch, queries)
+  ):
+    raise ValueError(
+      f'q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}, until '
+      f'{until_BS.shape} and query {query} do not match: expected '
+      '[B, T, N, H], [B, S, K, H] twice, [B, S] and [B, T]'
+    )
   if heads % k_BSKH.shape[2]:
     raise ValueError(
       f'{heads} query heads are not a multiple of {k_BSKH.shape[2]} key heads'

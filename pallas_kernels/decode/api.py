@@ -76,8 +76,10 @@ def dequantise(
     impl: backend; None picks the best for this platform.
 
   Raises:
+    ValueError: codes that are no FP8, or scales that do not fit them.
     NotImplementedError: a backend forced by name that cannot do this.
   """
+  _check_codes('w', w)
   refusal = mosaic_tpu.refusal(w)
   if not transposed or w.values.ndim != 3:
     refusal = 'gives [E, N, K] of [E, N, K] alone'
@@ -128,15 +130,24 @@ def _check_matrices(name: str, w: Weights, dtype: jnp.dtype) -> None:
         f'{name} is {w.dtype}{list(w.shape)}; expected {dtype}[E, in, out]'
       )
     return
-  if w.values.ndim != 3 or w.values.dtype != jnp.float8_e4m3fn:
+  if w.values.ndim != 3:
+    raise ValueError(
+      f'{name} holds codes {list(w.values.shape)}; expected [E, out, in]'
+    )
+  _check_codes(name, w)
+
+
+def _check_codes(name: str, w: Quantized) -> None:
+  """Raises ValueError if these are no codes of whole blocks with scales."""
+  if w.values.ndim < 2 or w.values.dtype != jnp.float8_e4m3fn:
     raise ValueError(
       f'{name} holds {w.values.dtype}{list(w.values.shape)}; expected '
-      'float8_e4m3fn[E, out, in]'
+      'float8_e4m3fn[..., out, in]'
     )
-  count, *sides = w.values.shape
-  blocks = tuple(side // weights.BLOCK for side in sides)
-  ragged = any(side % weights.BLOCK for side in sides)
-  if ragged or w.scale_inv.shape != (count, *blocks):
+  *lead, rows, columns = w.values.shape
+  blocks = rows // weights.BLOCK, columns // weights.BLOCK
+  ragged = rows % weights.BLOCK or columns % weights.BLOCK
+  if ragged or w.scale_inv.shape != (*lead, *blocks):
     raise ValueError(
       f'{name} has scales {w.scale_inv.shape} for values {w.values.shape}; '
       f'expected one for each block of {weights.BLOCK} x {weights.BLOCK}'

@@ -36,7 +36,8 @@ def experts(
   """Sum over each token's experts of weight * (silu(x wi_0) * (x wi_1)) wo.
 
   Dropless and deterministic; products accumulate in float32, and so does the
-  sum over a token's experts.
+  sum over a token's experts. With `axis`, what a device makes of a token is
+  rounded to the dtype of the rows before the devices' shares are added.
 
   Args:
     x_MD: tokens; of the dtype of the matrices.
@@ -53,8 +54,9 @@ def experts(
       derivative.
     axis: inside `shard_map`, a mesh axis over whose devices, in their order,
       the experts are split: each holds E of them and M tokens, whose indices
-      count all devices' experts. On GPUs of one process kernels write rows
-      into the other GPUs' memory; elsewhere XLA gathers and scatters them.
+      count all devices' experts. Kernels write rows into the memory of the
+      other GPU where a mesh is of the two of one process, or, asked for by
+      name, of all it has; elsewhere XLA gathers and scatters them.
       `rows` are then the choices, of all tokens, of this device's experts;
       not together with `transposed`.
     impl: backend of the products; None picks the best for this platform. Rows
@@ -75,7 +77,8 @@ def experts(
   refusals = {
     'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, widths)
     if axis is None
-    else split_refusal(x_MD.dtype, widths, choices),
+    else split_refusal(x_MD.dtype, widths, choices)
+    or (None if impl else _untried()),
     'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, widths),
   }
   table = TRANSPOSED if transposed else BACKENDS
@@ -98,10 +101,19 @@ def split_refusal(
   )
 
 
+def _untried() -> str | None:
+  size = jax.sharding.get_abstract_mesh().size
+  if size > 2:
+    return f'never ran on {size} GPUs, only on two; it has to be named'
+  return None
+
+
 def _check(
   x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD, widths, transposed
 ) -> None:
   (width, hidden), experts = widths, len(wi_0_EDF)
+  if not experts:
+    raise ValueError(f'wi_0 {wi_0_EDF.shape} holds no expert')
   down = (width, hidden) if transposed else (hidden, width)
   want = {
     'x': (x_MD, (x_MD.shape[0], width)),

@@ -176,6 +176,8 @@ def _swiglu_backward(
     dgate_PF, dup_PF, the weighted activation, float32 dweight_P.
   """
   rows, width = dact_PF.shape
+  if 3 * (SLOTS + 2) * width * dact_PF.dtype.itemsize > hopper.SHARED:
+    return _swiglu_backward_xla(dact_PF, gate_PF, up_PF, weight_P)
   box = hopper.box(width)
   kernel = plgpu.kernel(
     _swiglu_backward_body,
@@ -197,6 +199,15 @@ def _swiglu_backward(
     for z in kernel(end[None], weight_P, *operands)
   )
   return *(z.reshape(rows, width) for z in found), dweight_P
+
+
+def _swiglu_backward_xla(dact_PF, gate_PF, up_PF, weight_P):
+  """The same of rows that do not fit shared memory, and of all of them."""
+  dact, gate, up = (z.astype(jnp.float32) for z in (dact_PF, gate_PF, up_PF))
+  act, pull = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+  weight = weight_P[:, None]
+  results = *pull(weight * dact), weight * act
+  return *(z.astype(dact_PF.dtype) for z in results), (dact * act).sum(1)
 
 
 def _swiglu_backward_body(

@@ -63,7 +63,8 @@ def grouped_matmul(
 
   Group g owns `sizes_G[g]` rows; it starts where group g - 1 ends, rounded up
   to a multiple of `align`. Rows of no group give zeros, and their gradient is
-  zero. Products accumulate in float32.
+  zero. Products accumulate in float32. The gradient of the result is rounded to
+  the dtype of the matrices, whatever `out_dtype` is, before it is multiplied.
 
   Args:
     x_MK: rows sorted by group; same dtype as `w_GKN`.

@@ -1,10 +1,14 @@
 """Grouped matrix products for Hopper GPUs, in Pallas Mosaic GPU.
 
-One persistent block a multiprocessor. Its first two warpgroups own half the
-rows of an output tile each and issue wgmma; the third only issues bulk copies
-into a ring of stages, and runs ahead from one tile into the next, so that the
-pipeline never drains while results are stored. Which tile belongs to which
-group is read from tables made on the device (`layout.schedule`).
+One persistent block a multiprocessor. Its first two warpgroups issue wgmma; the
+third only issues bulk copies into a ring of stages, and runs ahead from one
+tile into the next, so that the pipeline never drains while results are stored.
+
+Products are those of `panels.py`: a warpgroup owns half the output features of
+a panel, for all rows of a tile. Which rows make a tile, and of which group, is
+read from tables made on the device (`layout.segments`). Of a matrix's gradient
+a warpgroup owns half the rows of an output tile; there are as many such tiles
+in each group, so that an item's number says where it lies (`_locate`).
 
 Groups start at multiples of 8 rows, the height of a swizzled tile in shared
 memory: a tile may read rows of the next group, and results of those are not

@@ -4,8 +4,9 @@ Kernels write straight into the other GPUs' memory, whose addresses XLA hands
 over where one process has all devices; it also lets no kernel begin before all
 of them may. A token's row is one bulk copy through shared memory, as in
 `permute/mosaic_gpu.py`. Block b of a GPU waits for what block b of the others
-writes; where not all blocks are resident, that ends because a GPU starts them
-in the order of their numbers.
+writes. At M2's widths all blocks of an idle GPU are resident; where they are
+not, the wait ends because a GPU starts blocks in the order of their numbers,
+which is observed, not promised by CUDA.
 
 `combine` hides the links: what it sums for other GPUs' tokens leaves while the
 next rows are read. See NOTES.md for rates.
@@ -37,6 +38,9 @@ def refusal(dtype: jnp.dtype, width: int, choices: int) -> str | None:
     return reason
   if jax.process_count() > 1:
     return 'writes into the memory of GPUs of one process, not of several'
+  size = jax.sharding.get_abstract_mesh().size
+  if size != jax.device_count():
+    return f'needs a mesh of all {jax.device_count()} GPUs, not of {size}'
   ordinals = tuple(device.local_hardware_id for device in jax.local_devices())
   if pair := _apart(ordinals):
     return f'needs GPUs that reach the memory of each other, not {pair}'

@@ -62,7 +62,18 @@ def plan(
     rows: choices that have a group, at the most; None = M * X. The caller
       answers for it: those past it would be lost.
     impl: backend; None picks the best for this platform.
+
+  Raises:
+    ValueError: choices that are no int[M, X]; no group, or `align` or `rows`
+      below 1.
+    NotImplementedError: a backend forced by name that cannot do this.
   """
+  if index_MX.ndim != 2 or not jnp.issubdtype(index_MX.dtype, jnp.integer):
+    raise ValueError(
+      f'index is {index_MX.dtype}{list(index_MX.shape)}; expected int[M, X]'
+    )
+  if min(groups, align, 1 if rows is None else rows) < 1:
+    raise ValueError(f'{groups=}, {align=} and {rows=} must be positive')
   if not index_MX.size:
     none_G = jnp.zeros(groups, jnp.int32)
     places = layout.positions(rows or 0, groups, align)
@@ -87,7 +98,12 @@ def gather(
     clear: how many of the positions after the last group have to be zero; what
       those that follow hold is not defined. None = all of them.
     impl: backend; None picks the best for this platform.
+
+  Raises:
+    ValueError: tokens that are not those of the plan.
+    NotImplementedError: a backend forced by name that cannot do this.
   """
+  _check_rows('x', x_MD, len(plan.place_MX), 'tokens')
   if not plan.place_MX.size:
     return jnp.zeros((len(plan.source_P), x_MD.shape[1]), x_MD.dtype)
   return _gather(_moves('gather', x_MD, plan, impl), clear, x_MD, plan)
@@ -100,7 +116,27 @@ def combine(
   *,
   impl: dispatch.Impl | None = None,
 ) -> Float[Array, 'M D']:
-  """Weighted sum over each token's choices, accumulated in float32."""
+  """Weighted sum over each token's choices, accumulated in float32.
+
+  Args:
+    y_PD: rows where `plan` put them.
+    plan: their places.
+    weight_MX: what each choice counts.
+    impl: backend; None picks the best for this platform.
+
+  Returns:
+    Sums in the dtype of the rows; choices of no group add nothing.
+
+  Raises:
+    ValueError: rows or weights that are not those of the plan.
+    NotImplementedError: a backend forced by name that cannot do this.
+  """
+  _check_rows('y', y_PD, len(plan.source_P), 'positions')
+  if weight_MX.shape != plan.place_MX.shape:
+    raise ValueError(
+      f'weight {weight_MX.shape} must have one entry for each choice of the '
+      f'plan, {plan.place_MX.shape}'
+    )
   if not plan.place_MX.size:
     return jnp.zeros((len(plan.place_MX), y_PD.shape[1]), y_PD.dtype)
   moves = _moves('combine', y_PD, plan, impl)
@@ -116,7 +152,10 @@ def permute(
   rows: int | None = None,
   impl: dispatch.Impl | None = None,
 ) -> Permuted:
-  """Copies each token to the groups it chose: `plan`, then `gather`."""
+  """Copies each token to the groups it chose: `plan`, then `gather`.
+
+  See them for arguments and errors.
+  """
   where = plan(index_MX, groups, align=align, rows=rows, impl=impl)
   x_PD = gather(x_MD, where, impl=impl)
   return Permuted(x_PD, where.sizes_G, where.place_MX, where.source_P)
@@ -129,8 +168,15 @@ def unpermute(
   *,
   impl: dispatch.Impl | None = None,
 ) -> Float[Array, 'M D']:
-  """Weighted sum over each token's choices, accumulated in float32."""
+  """Weighted sum over each token's choices: see `combine`."""
   return combine(y_PD, permuted, weight_MX, impl=impl)
+
+
+def _check_rows(name: str, z: jax.Array, count: int, kind: str) -> None:
+  if z.ndim != 2 or len(z) != count:
+    raise ValueError(
+      f'{name} is {list(z.shape)}; the plan is of {count} {kind}, one row each'
+    )
 
 
 def _moves(operation, z, plan, impl) -> layout.Moves:

@@ -48,9 +48,14 @@ def rows_refusal(dtype: jnp.dtype, width: int, choices: int) -> str | None:
     return f'moves bfloat16 or float32, not {dtype}'
   if width % WIDTH:
     return f'needs rows in multiples of {WIDTH}, not {width}'
-  size = choices * width * dtype.itemsize
-  if size > TOKEN_BYTES:
-    return f'needs the rows of a token in {TOKEN_BYTES} bytes, not {size}'
+  row = width * dtype.itemsize
+  if choices * row > TOKEN_BYTES:
+    return (
+      f'needs the rows of a token in {TOKEN_BYTES} bytes, not {choices * row}'
+    )
+  if (GATHER_SLOTS + 1) * row > hopper.SHARED:
+    most = hopper.SHARED // (GATHER_SLOTS + 1)
+    return f'needs a row in {most} bytes, not {row}'
   return hopper.refusal()
 
 

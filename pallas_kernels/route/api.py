@@ -39,8 +39,8 @@ def route(
   """Chooses experts by score + bias, weights them by score alone.
 
   Args:
-    score_ME: float32 sigmoid scores.
-    bias_E: float32 balancing bias, used for selection only (report 2.2).
+    score_ME: sigmoid scores; chosen by and weighted in float32.
+    bias_E: balancing bias, used for selection only (report 2.2).
     top_k: experts selected per token.
     min_k: experts always used; the others need `min_share`. None = top_k.
     min_share: share of the selected weight an expert past `min_k` must have.
@@ -59,10 +59,11 @@ def route(
       f'bias {bias_E.shape} must have one entry for each of the {experts} '
       'experts'
     )
+  score_ME, bias_E = (z.astype(jnp.float32) for z in (score_ME, bias_E))
   if not len(score_ME):
     return Routing(jnp.zeros((0, top_k), jnp.int32), jnp.zeros((0, top_k)))
   refusals = {
-    'mosaic_gpu': mosaic_gpu.refusal(experts),
+    'mosaic_gpu': mosaic_gpu.refusal(experts, top_k),
     'mosaic_tpu': mosaic_tpu.refusal(experts, top_k),
   }
   run = dispatch.pick('route', impl, BACKENDS, refusals)

@@ -21,6 +21,7 @@ WARPS = 4  # of a warpgroup
 ROWS = 4 * WARPS  # tokens of a block
 LANES = 128  # experts come in multiples of this: a vector of 4 for each thread
 WIDEST = 512  # experts; their scores and ranks have to fit the registers
+MOST = 32  # choices: their loop is unrolled
 TAKEN = -(2**31)  # below every score
 
 # [ROWS, experts]: rows to warps in turns, columns to threads.
@@ -32,10 +33,13 @@ ROW_A_WARP = plgpu.Layout.TILED(
 )
 
 
-def refusal(experts: int) -> str | None:
+def refusal(experts: int, top_k: int) -> str | None:
   """Why this kernel cannot choose among so many experts here, or None."""
-  if experts > WIDEST:
-    return f'chooses among at most {WIDEST} experts, not {experts}'
+  if experts > WIDEST or top_k > MOST:
+    return (
+      f'chooses at most {MOST} of at most {WIDEST} experts, not {top_k} of '
+      f'{experts}'
+    )
   return hopper.refusal()
 
 

@@ -14,6 +14,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
+def commit(result: dict[str, Any]) -> str:
+  """A result's commit in short, `+` after it where files had changes."""
+  name, _, changes = result['commit'].partition('+')
+  return f'`{name[:9]}{"+" if changes else ""}`'
+
+
 def milliseconds(row: dict[str, Any], name: str) -> str:
   """A contender's median; '' where it took no part."""
   found = row['seconds'].get(name)
@@ -52,7 +58,7 @@ def grouped_matmul(results: Sequence[dict[str, Any]]) -> str:
       ),
       f'{row["ratio_to_floor"]:.2f}',
       result['device'],
-      f'`{result["commit"][:9]}`',
+      commit(result),
     ]
     for result in results
     for row in by_tokens(result)
@@ -82,7 +88,7 @@ def moe(results: Sequence[dict[str, Any]]) -> str:
       f'{row["ratio_to_floor"]:.2f}',
       *(saved(row, name) for name in ('mosaic_gpu', 'torch')),
       result['device'],
-      f'`{result["commit"][:9]}`',
+      commit(result),
     ]
     for result in results
     for row in by_tokens(result)
@@ -109,7 +115,7 @@ def route(results: Sequence[dict[str, Any]]) -> str:
       ),
       f'{row["bytes_per_second"] / 1e12:.2f}',
       result['device'],
-      f'`{result["commit"][:9]}`',
+      commit(result),
     ]
     for result in results
     for row in by_tokens(result)
@@ -134,7 +140,7 @@ def layer_parts(results: Sequence[dict[str, Any]]) -> str:
       f'{100 * row["share"]:.1f}%',
       str(row['turns']),
       result['device'],
-      f'`{result["commit"][:9]}`',
+      commit(result),
     ]
     for result in results
     for row in by_tokens(result)
@@ -165,7 +171,7 @@ def decode_experts(results: Sequence[dict[str, Any]]) -> str:
       microseconds(row, 'torch.grouped_mm'),
       str(row['seconds']['mosaic_gpu']['n']),
       result['device'],
-      f'`{result["commit"][:9]}`',
+      commit(result),
     ]
     for result in results
     for row in result['rows']
@@ -203,7 +209,7 @@ def expert_parallel(results: Sequence[dict[str, Any]]) -> str:
     [
       *cells(row, strategy, rate),
       f'{result["device"]} x {row["devices"]}',
-      f'`{result["commit"][:9]}`',
+      commit(result),
     ]
     for result in results
     for row in result['rows']
@@ -235,7 +241,7 @@ def tpu_kernels(results: Sequence[dict[str, Any]]) -> str:
       f'{100 * row["matrix_slots"]:.0f}%',
       f'{1e3 * row["optimal_seconds"]:.2f}',
       f'{row["compile_seconds"]:.1f}',
-      f'`{result["commit"][:9]}`',
+      commit(result),
     ]
     for name in names
     for result in results

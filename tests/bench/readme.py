@@ -62,7 +62,7 @@ def quickstart_row(device: str, run: dict[str, Any]) -> list[str]:
     f'{run["seconds"] / 60:.1f}',
     f'{run["peak_bytes"] / 2**30:.1f}',
     f'{device}, {run["environment"]["cores"]} cores',
-    f'`{run["commit"][:9]}`',
+    layer_tables.commit(run),
   ]
 
 
@@ -77,7 +77,7 @@ def step_time(results: Sequence[dict[str, Any]]) -> str:
       str(row['seconds']['n']),
       f'{row["tokens_per_second"]:,.0f}',
       f'{result["device"]} x {row["devices"]}',
-      f'`{result["commit"][:9]}`',
+      layer_tables.commit(result),
     ]
     for result in results
     for row in result['rows']
@@ -113,7 +113,7 @@ def plan(results: Sequence[dict[str, Any]]) -> str:
       f'{row["tokens_per_second_per_chip"]:,.0f}' if row['tokens'] else '',
       f'{row["compile_seconds"]:.0f}',
       gib(row['compiler_bytes']),
-      f'`{result["commit"][:9]}`',
+      layer_tables.commit(result),
     ]
     for result in results
     for row in result['rows']
@@ -147,7 +147,7 @@ def stream(results: Sequence[dict[str, Any]]) -> str:
       f'{100 * same:.0f}%',
       str(len(loads)),
       result['device'],
-      f'`{result["commit"][:9]}`',
+      layer_tables.commit(result),
     ]
 
   head = (

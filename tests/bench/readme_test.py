@@ -3,11 +3,12 @@
 import json
 import pathlib
 import sys
+from typing import Any
 from unittest import mock
 
 from absl.testing import absltest
 
-from tests.bench import quickstart, readme, record
+from tests.bench import layer_tables, quickstart, readme, record
 from tests.obs import sample
 
 EMPTY = '<!-- results: quickstart -->\nold\n<!-- end -->\n' + (
@@ -21,6 +22,15 @@ EMPTY = '<!-- results: quickstart -->\nold\n<!-- end -->\n' + (
   '<!-- results: tpu_kernels -->\n<!-- end -->\n'
   '<!-- results: stream -->\n<!-- end -->'
 )
+
+
+def _with_commit(result: dict[str, Any], commit: str) -> dict[str, Any]:
+  """A result, and what runs it is made of, as if measured at `commit`."""
+  rows = [
+    row | {'commit': commit} if 'commit' in row else row
+    for row in result['rows']
+  ]
+  return result | {'commit': commit, 'rows': rows}
 
 
 class ReadmeTest(absltest.TestCase):
@@ -97,6 +107,25 @@ class ReadmeTest(absltest.TestCase):
     (folder / 'results.json').write_text(json.dumps(sample.results()))
     with self.assertRaisesRegex(ValueError, 'needs one of its own'):
       quickstart.collect([folder, folder])
+
+  def test_a_commit_says_that_files_had_changes(self):
+    for suffix, mark in (('', ''), ('+changes', '+')):
+      with self.subTest(suffix):
+        result = {'commit': 'b025e13de' + 31 * 'c' + suffix}
+        self.assertEqual(layer_tables.commit(result), f'`b025e13de{mark}`')
+
+  def test_every_table_says_that_files_had_changes(self):
+    tables = readme.TABLES | readme.LAUNCH_TABLES
+    for name, table in tables.items():
+      with self.subTest(name):
+        results = record.read(name)
+        clean, changed = (
+          table([_with_commit(result, commit) for result in results])
+          for commit in ('d' * 40, 'd' * 40 + '+changes')
+        )
+        self.assertIn(f'| `{"d" * 9}` |', clean)
+        marked = clean.replace(f'`{"d" * 9}`', f'`{"d" * 9}+`')
+        self.assertEqual(changed, marked)
 
   def test_a_missing_block_is_an_error(self):
     with self.assertRaisesRegex(ValueError, 'step_time'):

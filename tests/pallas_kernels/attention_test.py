@@ -134,6 +134,18 @@ class AttentionTest(parameterized.TestCase):
     self.assertEqual(np.abs(y).max(), 0)
     self.assertTrue(np.isfinite(grad).all())
 
+  def test_misfits_are_named(self):
+    q, k, until = np.ones((2, 3, 4, 8)), np.ones((2, 5, 2, 8)), np.ones((2, 5))
+    for args in (q, k[:1], k[:1], until[:1]), (q, k, k, until[:1]), (
+      q, k[..., :4], k[..., :4], until,
+    ), (q, k, k[:, :4], until):  # fmt: skip
+      with self.assertRaisesRegex(ValueError, 'do not match'):
+        pallas_kernels.attention(*args, scale=1.0)
+    with self.assertRaisesRegex(ValueError, 'query .2, 2. do not match'):
+      pallas_kernels.attention(
+        q, k, k, until, query_BT=np.ones((2, 2)), scale=1.0
+      )
+
   def test_heads_must_group(self):
     q, k, v, until = case(0, 1, 4, 4, 3, 2)
     with self.assertRaisesRegex(ValueError, '3 query heads'):

@@ -82,6 +82,16 @@ class DecodeTest(parameterized.TestCase):
       with self.assertRaisesRegex(NotImplementedError, r'gives \[E, N, K\]'):
         pallas_kernels.dequantise(w, dtype, impl='mosaic_tpu')
 
+  @parameterized.parameters(
+    ((2, 192, 128), (2, 2, 1)), ((2, 128, 128), (1, 1, 1)), ((128,), (1,))
+  )
+  def test_codes_without_their_scales(self, shape, scales):
+    w = pallas_kernels.Quantized(
+      np.zeros(shape, jnp.float8_e4m3fn), np.ones(scales, np.float32)
+    )
+    with self.assertRaisesRegex(ValueError, 'w (has scales|holds)'):
+      pallas_kernels.dequantise(w, transposed=True)
+
   def test_what_cannot_be_scaled(self):
     tiny = pallas_kernels.quantise(np.full((128, 256), 1e-37, np.float32))
     np.testing.assert_array_equal(pallas_kernels.dequantise(tiny), 0)

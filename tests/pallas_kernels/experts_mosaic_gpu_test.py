@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+from pallas_kernels import hopper
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import mosaic_gpu, ref, vjp
 from pallas_kernels.gmm import gathered
@@ -86,6 +87,24 @@ class ExpertsMosaicGpuTest(parameterized.TestCase):
       self.assert_close(np.float32(ours)[cleared], spec[cleared])
     outside = ~inside_P1[cleared, 0]
     self.assertFalse(np.float32(got[2])[cleared][outside].any())
+
+  def test_rows_that_do_not_fit_shared_memory(self):
+    shapes = [((6, 128), 'bfloat16')] * 3 + [((6,), 'float32')]
+    rng = np.random.default_rng(5)
+    args = [rng.standard_normal(shape).astype(kind) for shape, kind in shapes]
+
+    def run(*args):
+      return mosaic_gpu._swiglu_backward(*args, np.int32(6), blocks=2)
+
+    with hopper_cases.compiled_here():
+      want = jax.jit(run)(*args)
+    with mock.patch.object(hopper, 'SHARED', 0):
+      text = jax.make_jaxpr(run)(*args).pretty_print()
+      got = jax.jit(lambda *args: run(*args))(*args)
+    self.assertNotIn('swiglu_backward', text)
+    for found, spec in zip(got, want, strict=True):
+      self.assertEqual(found.dtype, spec.dtype)
+      self.assert_close(np.float32(found), np.float32(spec))
 
   def test_layer_and_derivative(self):
     self.compare(90, 0.8)

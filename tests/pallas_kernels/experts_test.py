@@ -109,6 +109,8 @@ class ExpertsTest(parameterized.TestCase):
     x, index, weight, wi_0, wi_1, wo = operands(128, 256, 'float32')
     with self.assertRaisesRegex(ValueError, 'wo is'):
       pallas_kernels.experts(x, index, weight, wi_0, wi_1, wi_1)
+    with self.assertRaisesRegex(ValueError, 'holds no expert'):
+      pallas_kernels.experts(x, index, weight, wi_0[:0], wi_1[:0], wo[:0])
     with self.assertRaisesRegex(ValueError, 'weight is'):
       pallas_kernels.experts(x, index, weight[:, :1], wi_0, wi_1, wo)
     with self.assertRaisesRegex(ValueError, 'x is'):

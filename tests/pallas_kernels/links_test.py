@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 from jax.experimental.mosaic.gpu import core as mosaic
 
 import pallas_kernels
+from pallas_kernels.experts import api as layers
 from pallas_kernels.experts import ref
 from pallas_kernels.links import mosaic_gpu, xla
 from pallas_kernels.permute import api as permute
@@ -76,6 +77,14 @@ class SplitTest(parameterized.TestCase):
     if GPU:
       self.skipTest('runs in the interpreter')
     self.check('mosaic_tpu', 2)
+
+  def test_more_than_two_have_to_be_named(self):
+    for devices in (2, 4):
+      if jax.device_count() < devices:
+        self.skipTest(f'needs {devices} devices')
+      with jax.set_mesh(mesh(devices)):
+        reason = layers._untried()
+      self.assertEqual('4 GPUs' in (reason or ''), devices == 4)
 
   def check(self, impl, devices):
     width, hidden, dtype, tolerance = LAYERS[impl]
@@ -175,9 +184,15 @@ class KernelsTest(parameterized.TestCase):
 
 
 class RefusalTest(absltest.TestCase):
-  def refusal(self):
-    with hopper_cases.hopper_here():
+  def refusal(self, devices=None):
+    over = mesh(devices or jax.device_count())
+    with hopper_cases.hopper_here(), jax.set_mesh(over):
       return mosaic_gpu.refusal(jnp.dtype('bfloat16'), 768, 8)
+
+  def test_all_devices_are_needed(self):
+    if jax.device_count() < 2:
+      self.skipTest('needs two devices')
+    self.assertRegex(self.refusal(1), 'needs a mesh of all . GPUs, not of 1')
 
   def test_one_process_is_needed(self):
     self.assertIsNone(self.refusal())

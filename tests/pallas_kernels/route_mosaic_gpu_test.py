@@ -311,12 +311,14 @@ class LowerTest(parameterized.TestCase):
     self.assertEqual([z.shape for z in found], [(64, 256), (64, 256), (64, 8)])
 
   def test_refuses_what_it_cannot_do(self):
-    self.assertIn('512 experts', router.refusal(513))
+    self.assertIn('512 experts', router.refusal(513, 8))
+    self.assertIn('not 33 of 512', router.refusal(512, 33))
     self.assertIn('1024 groups', mosaic_gpu.plan_refusal(1025))
     refusal = mosaic_gpu.rows_refusal
     self.assertIn('float16', refusal(jnp.dtype('float16'), 128, 1))
     self.assertIn('96', refusal(jnp.dtype('float32'), 96, 1))
     self.assertIn('bytes', refusal(jnp.dtype('float32'), 3072, 8))
+    self.assertIn('needs a row', refusal(jnp.dtype('bfloat16'), 16384, 1))
     if GPU:
       self.skipTest('nothing else is refused on a Hopper GPU')
     score_ME, bias_E = scores(2, 8, 0)

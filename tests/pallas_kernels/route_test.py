@@ -81,8 +81,36 @@ class RouteTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, 'bias .* each of the 8 experts'):
         pallas_kernels.route(scores(0, 2, 8), np.zeros(shape), top_k=2)
 
+  def test_weights_are_float32_whatever_the_scores(self):
+    score_ME = scores(0, 5, 8).astype('bfloat16')
+    bias_E = np.zeros(8, 'bfloat16')
+    run = jax.jit(functools.partial(pallas_kernels.route, top_k=3))
+    rounded = run(np.float32(score_ME), np.float32(bias_E))
+    for found, want in zip(run(score_ME, bias_E), rounded):
+      self.assertEqual(found.dtype, want.dtype)
+      np.testing.assert_array_equal(found, want)
+
 
 class PermuteTest(parameterized.TestCase):
+  def test_misfits_are_named(self):
+    index_MX = np.zeros((3, 2), np.int32)
+    for wrong in {'groups': 0}, {'align': 0}, {'rows': 0}:
+      given = {'groups': 4} | wrong
+      with self.assertRaisesRegex(ValueError, 'must be positive'):
+        pallas_kernels.plan(index_MX, **given)
+    for index in index_MX[0], np.float32(index_MX):
+      with self.assertRaisesRegex(ValueError, r'expected int\[M, X\]'):
+        pallas_kernels.plan(index, 4)
+    plan = jax.eval_shape(lambda: pallas_kernels.plan(index_MX, 4))
+    plan = jax.tree.map(lambda z: np.zeros(z.shape, z.dtype), plan)
+    with self.assertRaisesRegex(ValueError, 'x is .2, 8.; the plan is of 3'):
+      pallas_kernels.gather(np.ones((2, 8)), plan)
+    with self.assertRaisesRegex(ValueError, 'y is .5, 8.; the plan is of 6'):
+      pallas_kernels.combine(np.ones((5, 8)), plan, np.ones((3, 2)))
+    for shape in (3, 1), (1, 2), (2, 2):
+      with self.assertRaisesRegex(ValueError, 'each choice of the plan'):
+        pallas_kernels.combine(np.ones((6, 8)), plan, np.ones(shape))
+
   @parameterized.parameters(1, 8, 32)
   def test_sorts_stably_and_comes_back(self, align):
     rng = np.random.default_rng(align)

@@ -9,6 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from m2.parallel import cost, exchange, experts
+from pallas_kernels.permute import mosaic_gpu as permute
 from tests.parallel import routings
 
 
@@ -55,7 +56,11 @@ class ChoiceTest(parameterized.TestCase):
       mock.patch.object(experts, '_device', lambda: ('gpu', 'H100')),
     ):
       self.traced(two)
-      with mock.patch.object(kernels, 'split_refusal', lambda *_: None):
+      with (
+        mock.patch.object(kernels.mosaic_gpu, 'refusal', lambda *_: None),
+        mock.patch.object(permute, 'rows_refusal', lambda *_: None),
+        mock.patch.object(kernels.links_gpu, '_apart', lambda _: None),
+      ):
         with self.assertRaisesRegex(NotImplementedError, 'all 8 GPUs, not of'):
           self.traced(two, strategy='direct')
         with mock.patch.object(jax, 'device_count', lambda: 2):
