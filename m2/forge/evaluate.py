@@ -18,6 +18,7 @@ from m2.eval import play, report
 from m2.eval import run as eval_run
 from m2.gateway import capture
 from m2.parallel import mesh as meshes
+from m2.train import resume
 
 
 def run(
@@ -117,9 +118,7 @@ def check_tokenizer(start: str, words: tokenizers.Tokenizer) -> None:
     ValueError: it is another one.
     m2.checkpoint.store.CheckpointError: there is no readable checkpoint.
   """
-  if any(pathlib.Path(start).glob('*.safetensors')):
-    return
-  noted = store.read_meta(store.newest(start))['extra'].get('tokenizer')
+  noted = resume.trained_with(start)
   if noted not in (None, words.fingerprint()):
     raise ValueError(
       f'checkpoint.init_from={start}: its tokenizer.json has fingerprint '

@@ -205,11 +205,21 @@ def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
+def trained_with(path: str | pathlib.Path) -> str | None:
+  """Fingerprint of the tokenizer that weights were trained with, if they say.
+
+  The public format does not, nor do converted weights.
+
+  Raises:
+    m2.checkpoint.store.CheckpointError: there is no readable checkpoint.
+  """
+  if any(pathlib.Path(path).glob('*.safetensors')):
+    return None
+  return store.read_meta(store.newest(path))['extra'].get('tokenizer')
+
+
 def _check_tokenizer(path: pathlib.Path, run_note: dict[str, Any]) -> None:
-  if any(path.glob('*.safetensors')):
-    return  # the public format does not say which tokenizer it was trained on
-  extra = store.read_meta(store.newest(path))['extra']
-  if extra.get('tokenizer', run_note['tokenizer']) != run_note['tokenizer']:
+  if trained_with(path) not in (None, run_note['tokenizer']):
     raise ValueError(
       f'checkpoint.init_from={path} was trained with another tokenizer; name '
       'its tokenizer.json in data.tokenizer'
