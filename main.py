@@ -67,14 +67,17 @@ def main(_) -> None:
         '--workdir',
         1,
       )
-    before = kept.read_bytes() if kept.exists() else b''
+    before = kept.read_bytes() if rank == 0 and kept.exists() else b''
     if rank == 0:
       keep(kept, (CONFIG.value.to_json(indent=2) + '\n').encode())
   except OSError as error:
     stop(f'--workdir={workdir}: {error}', 1)
   recorded = sizes(workdir)
   try:
-    run(config, workdir)
+    with contextlib.ExitStack() as undo:
+      undo.callback(restore, kept, before, recorded)
+      run(config, workdir)
+      undo.pop_all()
   except Exception as error:
     details = workdir / (f'error-{rank}.txt' if rank else 'error.txt')
     ours = type(error).__module__.startswith('m2.')
@@ -82,9 +85,6 @@ def main(_) -> None:
     with contextlib.suppress(OSError):  # the disk may be what failed
       text = traceback.format_exc()
       details.write_text(text, encoding='utf-8', errors='backslashreplace')
-      # The config stays that of what was recorded last.
-      if rank == 0 and before and sizes(workdir) == recorded:
-        keep(kept, before)
     if not ours and not refused and not isinstance(error, OSError):
       traceback.print_exc()  # a bug, not a message to the user
     notes = getattr(error, '__notes__', ())
@@ -169,6 +169,13 @@ def in_use(workdir: pathlib.Path) -> bool:
 def sizes(workdir: pathlib.Path) -> dict[str, int]:
   """Bytes of what runs, and stages below them, record step by step."""
   return {str(file): file.stat().st_size for file in workdir.rglob('*.jsonl')}
+
+
+def restore(kept: pathlib.Path, before: bytes, recorded: dict) -> None:
+  """Puts a config back if nothing was recorded since: it is of what was."""
+  with contextlib.suppress(OSError):
+    if before and sizes(kept.parent) == recorded:
+      keep(kept, before)
 
 
 def keep(path: pathlib.Path, data: bytes) -> None:

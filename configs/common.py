@@ -122,10 +122,10 @@ def hosts(environ: Mapping[str, str]) -> tuple[str | int | None, ...] | None:
 
   Returns:
     Address, number of processes and number of this one; three times None where
-    jax is to find them.
+    jax is to find them. None where this is the only process.
 
   Raises:
-    ValueError: an incomplete or impossible triple.
+    ValueError: an incomplete or impossible triple, or a number that is none.
   """
   names = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
   given = [environ.get(name, '') for name in names]
@@ -137,17 +137,24 @@ def hosts(environ: Mapping[str, str]) -> tuple[str | int | None, ...] | None:
       raise ValueError(f'{said}: all three are needed') from None
     if ':' not in address or not 0 <= index < count:
       raise ValueError(f'{said}: expected HOST:PORT and 0 <= id < number')
-    return address, count, index
+    return (address, count, index) if count > 1 else None
+
+  def number(name: str) -> int:
+    value = environ.get(name) or '1'
+    if not value.isdecimal():
+      raise ValueError(f'{name}={value!r}: expected a number of processes')
+    return int(value)
+
   tasks = (
-    environ.get('SLURM_NTASKS', '1') if 'SLURM_STEP_NODELIST' in environ else 1,
-    environ.get('OMPI_COMM_WORLD_SIZE', '1'),
-    environ.get('MEGASCALE_NUM_SLICES', '1'),
+    number('SLURM_NTASKS') if 'SLURM_STEP_NODELIST' in environ else 1,
+    number('OMPI_COMM_WORLD_SIZE'),
+    number('MEGASCALE_NUM_SLICES'),
     environ.get('TPU_WORKER_HOSTNAMES', '').count(',') + 1,
   )
   asked = environ.get('M2_HOSTS', '')
   if asked not in ('', 'auto'):
     raise ValueError(f'M2_HOSTS={asked!r}: set auto or leave it out')
-  several = asked == 'auto' or any(int(number) > 1 for number in tasks)
+  several = asked == 'auto' or any(count > 1 for count in tasks)
   return (None, None, None) if several else None
 
 

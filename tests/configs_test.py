@@ -122,7 +122,12 @@ class HostsTest(parameterized.TestCase):
       {'SLURM_NTASKS': '8'},  # inside salloc, not started by srun
       {'SLURM_NTASKS': '1', 'SLURM_STEP_NODELIST': 'n1'},
       {'TPU_WORKER_HOSTNAMES': 'localhost'},
-    ):
+      {'OMPI_COMM_WORLD_SIZE': '', 'MEGASCALE_NUM_SLICES': ''},
+      {
+        'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_NUM_PROCESSES': '1',
+        'JAX_PROCESS_ID': '0',
+      },
+    ):  # fmt: skip
       self.assertIsNone(common.hosts(environ), environ)
 
   @parameterized.parameters(
@@ -161,6 +166,8 @@ class HostsTest(parameterized.TestCase):
       common.hosts(environ)
     with self.assertRaisesRegex(ValueError, 'M2_HOSTS'):
       common.hosts({'M2_HOSTS': 'yes'})
+    with self.assertRaisesRegex(ValueError, "OMPI_COMM_WORLD_SIZE='two'"):
+      common.hosts({'OMPI_COMM_WORLD_SIZE': 'two'})
 
 
 if __name__ == '__main__':

@@ -195,10 +195,11 @@ class Engine:
     except Exception as error:
       with self._lock:
         self._failed = error
-        for progress in (*self._waiting, *self._live.values()):
-          progress.fail(error)
+        failed = (*self._waiting, *self._live.values())
         self._waiting.clear()
         self._live.clear()
+      for progress in failed:  # who waits may submit at once: not locked
+        progress.fail(error)
       raise
     self.counters.seconds += time.perf_counter() - start
     return len(self._live)
@@ -284,9 +285,11 @@ class Engine:
       return progress.future in cancelled or progress.future.cancelled()
 
     with self._lock:
-      for progress in [p for p in self._waiting if is_gone(p)]:
+      dropped = [p for p in self._waiting if is_gone(p)]
+      for progress in dropped:
         self._waiting.remove(progress)
-        progress.finish(types.StopReason.CANCELLED, self.version)
+    for progress in dropped:
+      progress.finish(types.StopReason.CANCELLED, self.version)
     gone = [slot for slot, p in self._live.items() if is_gone(p)]
     if gone:
       left_B = np.array(self._slots.left_B)

@@ -81,6 +81,11 @@ def check(request: GenRequest, vocab: int) -> np.ndarray:
       raise ValueError(
         f'sampling.{name}={getattr(wanted, name)} is out of range'
       )
+  for name in ('max_new', 'top_k', 'seed', 'stop_ids'):
+    value = getattr(wanted, name)
+    numbers = value if name == 'stop_ids' else [value]
+    if not all(isinstance(z, int | np.integer) for z in numbers):
+      raise ValueError(f'sampling.{name}={value}: expected whole numbers')
   return prompt.astype(np.int32)
 
 

@@ -138,8 +138,12 @@ def _series(panel: Panel, rows: Rows, arm: str) -> list[dict[str, Any]]:
 
 def finite(value: Any) -> bool:
   """Whether a value from a file is a number that can be drawn."""
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  return number and math.isfinite(value)
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # an integer of hundreds of digits
+    return False
 
 
 def _chart(
@@ -188,7 +192,7 @@ def heat(records: Mapping[str, Rows]) -> Iterator[page.Chart]:
     and `CELLS` values, evenly chosen, the last step included.
   """
   for name, rows in records.items():
-    loads = [row for row in rows if 'expert_load' in row and 'step' in row]
+    loads = [row for row in rows if finite(row.get('step')) and _is_load(row)]
     if not loads:
       continue
     last = loads[-1]['expert_load']
@@ -206,6 +210,17 @@ def heat(records: Mapping[str, Rows]) -> Iterator[page.Chart]:
     ]
     yield _heat_chart(name, frames)
     yield _busiest(name, frames)
+
+
+def _is_load(row: dict[str, Any]) -> bool:
+  """Whether `expert_load` can be drawn: numbers of every expert of layers."""
+  layers = row.get('expert_load')
+  return (
+    isinstance(layers, list)
+    and bool(layers)
+    and all(isinstance(layer, list) and layer for layer in layers)
+    and all(finite(x) for layer in layers for x in layer)
+  )
 
 
 def _heat_chart(name: str, frames: list[dict[str, Any]]) -> page.Chart:

@@ -39,7 +39,7 @@ def build(workdir: pathlib.Path | str) -> pathlib.Path:
   content = page.render(collect(workdir))
   target = workdir / 'report.html'
   part = target.with_name(f'.{target.name}.{os.getpid()}')
-  part.write_text(content, encoding='utf-8')
+  part.write_text(content, encoding='utf-8', errors='backslashreplace')
   os.replace(part, target)
   return target
 
@@ -93,7 +93,7 @@ def _read_lines(
     for line in path.read_bytes().splitlines():
       try:
         row = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         row = None
       if isinstance(row, dict):
         rows.append(row)

@@ -27,7 +27,12 @@ HIGHEST = 6
 
 
 def per_token(
-  cfg: config.ModelConfig, keys: int, *, training: bool, logits: float = 1.0
+  cfg: config.ModelConfig,
+  keys: int,
+  *,
+  training: bool,
+  logits: float = 1.0,
+  modules: int = 0,
 ) -> Flops:
   """FLOPs of one token.
 
@@ -37,6 +42,8 @@ def per_token(
     training: forward, backward and what is recomputed; else forward alone.
       Rows are causal then, and half of the keys are seen.
     logits: share of tokens whose logits are computed.
+    modules: of multi-token prediction that the program has: each is a layer,
+      its projection of two hidden states, and the head.
   """
   d = cfg.d_model
   heads = 2 * cfg.heads + 2 * cfg.kv_heads
@@ -45,7 +52,8 @@ def per_token(
   router = 2 * d * cfg.experts
   seen = 0.5 if training else 1.0
   scores = 4 * cfg.heads * cfg.head_dim * keys
-  table = 2 * d * cfg.vocab * logits
+  table = 2 * d * cfg.vocab * logits * (1 + modules)
+  layers, joins = cfg.layers + modules, modules * 2 * 2 * d * d
   again = training and cfg.remat != 'none'
   each = 3 + again if training else 1
   # Two products forward, five backward; where the output is not kept, two
@@ -53,8 +61,8 @@ def per_token(
   blocks = (4.5 if cfg.remat == 'full' else 3.5) if training else 1
   heads = 4 if training else 1
   useful = (3 if training else 1) * (
-    cfg.layers * (matrices + router + scores * seen) + table
+    layers * (matrices + router + scores * seen) + joins + table
   )
-  lean = cfg.layers * (each * matrices + blocks * scores * seen)
-  wide = cfg.layers * each * router + heads * table
+  lean = layers * (each * matrices + blocks * scores * seen) + each * joins
+  wide = layers * each * router + heads * table
   return Flops(useful, lean + wide, lean + HIGHEST * wide)

@@ -110,7 +110,11 @@ def _flops(program, target, model, outcome) -> dict[str, float]:
   if not program.tokens:
     return {'useful': 0.0, 'done': 0.0, 'passes': 0.0}
   one = flops.per_token(
-    model, program.keys, training=program.training, logits=program.logits
+    model,
+    program.keys,
+    training=program.training,
+    logits=program.logits,
+    modules=model.mtp_modules if program.name == 'train' else 0,
   )
   return {
     'useful': one.useful * program.tokens,

@@ -67,6 +67,12 @@ def run(
       print(f'{name}: as it is, it cannot be: {error}', flush=True)
     else:
       print('\n'.join(report.lines(row)), flush=True)
+      if name == 'train' and config.model.mtp_modules:
+        print(
+          '  compiled, and counted in operations, with the '
+          f'{config.model.mtp_modules} of model.mtp_modules; what is expected '
+          'by count of collectives and searched for is without them'
+        )
       rows.append(row)
       fits = row['fits']
     if name in SEARCHED and (config.plan.search or not fits):

@@ -309,6 +309,7 @@ class EngineTest(parameterized.TestCase):
     ([1], {'top_p': 1e-40}, 'top_p=1e-40'),
     ([1], {'top_k': -1}, 'top_k=-1'),
     ([1], {'seed': -1}, 'seed=-1'),
+    ([1], {'seed': 1.5}, 'seed=1.5: expected whole'),
     ([1], {'top_k': 2**31}, 'top_k=2147483648'),
     ([1], {'stop_ids': tuple(range(9))}, 'stop_ids='),
     ([1], {'stop_ids': (2**31,)}, 'stop_ids='),

@@ -101,10 +101,21 @@ class DashboardTest(parameterized.TestCase):
 
   def test_values_that_are_no_numbers_are_left_out(self):
     rows = [
-      {'step': i, 'ce': v} for i, v in enumerate((1.0, float('nan'), 'x'))
+      {'step': i, 'ce': v}
+      for i, v in enumerate((1.0, float('nan'), 'x', 10**400))
     ]
     sample.lines(self.workdir / 'metrics.jsonl', rows)
+    loads = ([[1.0, 0.0]], [[None, 1.0]], [[]], [], None)
+    sample.lines(
+      self.workdir / 'introspection.jsonl',
+      [{'step': i, 'expert_load': load} for i, load in enumerate(loads)],
+    )
+    with (self.workdir / 'ledger.jsonl').open('w') as ledger:
+      ledger.write('[' * 100_000)
     _, seen = self.build()
+    charts = json.loads(seen.data)['charts']
+    (heat,) = (z for z in charts if z['kind'] == 'heat')
+    self.assertEqual([frame['step'] for frame in heat['frames']], [0])
     series = json.loads(seen.data)['charts'][0]['series']
     self.assertEqual(series[0]['points'], [[0, 1.0]])
 

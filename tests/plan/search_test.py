@@ -247,6 +247,11 @@ class CountsTest(absltest.TestCase):
     self.assertAlmostEqual(found.useful / (6 * active + scores), 1, places=3)
     self.assertGreater(found.done, found.useful)
     self.assertGreater(found.passes, found.done)
+    # Three modules: as many layers, projections and heads more.
+    more = flops.per_token(run.model, 4096, training=True, modules=3)
+    extra = 3 * (found.useful - 6 * 3072 * 200_064) / 62
+    extra += 3 * 6 * (3072 * 200_064 + 2 * 3072 * 3072)
+    self.assertAlmostEqual((more.useful - found.useful) / extra, 1, places=6)
 
 
 if __name__ == '__main__':
