@@ -127,8 +127,12 @@ keep() {  # NAME: standard input as a file that is whole, or not there
   mv "$venv/.m2/writing" "$venv/.m2/$1"
 }
 
-make_venv() {
+make_venv() {  # REASON
   local base folders
+  if [[ -e $venv/.m2/theirs ]]; then
+    say "$venv is your own and will not do ($1): move it away"
+    return 1
+  fi
   base=$(find_python)
   say "making $venv on $base ($("$base" --version)) for $kind"
   [[ -d $venv && ! -L $venv ]] || rm -f "$venv"
@@ -155,6 +159,42 @@ another_base() {
     [[ $(command -v "$M2_PYTHON") != "$(cat "$venv/.m2/base")" ]]
 }
 
+# Prints why .venv will not do; nothing when it will.
+flaw() {
+  local made
+  made=$(cat "$venv/.m2/kind" 2>/dev/null || true)
+  if [[ ${#looked[@]} -gt 0 ]]; then
+    echo "${looked[*]}"
+  elif ! "$python" --version >/dev/null 2>&1; then
+    echo "$python does not run"
+  elif [[ -e $venv/.m2/unfinished && ! -e $venv/.m2/theirs ]]; then
+    echo 'it is half made'
+  elif [[ $made != "$kind" ]]; then
+    echo "it is for ${made:-no kind}, not for $kind"
+  elif another_base; then
+    echo "it is not on $M2_PYTHON"
+  fi
+}
+
+# Succeeds when nothing is to do.
+finished() {  # FILES
+  local file
+  [[ ! -e $venv/.m2/unfinished && -z $(flaw) ]] || return 1
+  for file; do installed "$file" || return 1; done
+}
+
+# Marks somebody's own .venv, which is used as it is and never deleted. One that
+# was made here has the mark `unfinished` or names its base.
+adopt() {
+  [[ -d $venv && ! -e $venv/.m2/base && ! -e $venv/.m2/unfinished ]] || return 0
+  [[ -n $(find "$venv/" -mindepth 1 -maxdepth 1 ! -name .m2) ]] || return 0
+  mkdir -p "$venv/.m2"
+  keep theirs <<<yes
+  if [[ ! -e $venv/.m2/kind ]] && usable "$python"; then
+    keep kind <<<"$kind"
+  fi
+}
+
 install_file() {  # FILE
   local extra=() limits=(-c "$constraints") whole=yes
   [[ $kind == cpu || $1 != requirements.txt ]] ||
@@ -167,6 +207,9 @@ install_file() {  # FILE
   [[ ! -e $venv/.m2/unfinished ]] || whole=no
   rm -f "$venv/.m2/$(stamp_name "$1")"
   touch "$venv/.m2/unfinished"
+  # `uv venv` leaves pip out.
+  "$python" -m pip --version >/dev/null 2>&1 ||
+    "$python" -m ensurepip >/dev/null
   "$python" -m pip install --quiet ${limits[@]+"${limits[@]}"} -r "$1" \
     ${extra[@]+"${extra[@]}"} || {
     say "pip could not install $1 (its reason is above). Without a network," \
@@ -183,19 +226,19 @@ install_file() {  # FILE
 for file in requirements.txt "$@"; do
   [[ -f $file ]] || { say "no requirements file $file"; exit 2; }
 done
+# Before the lock, which a read-only checkout cannot have.
+if finished requirements.txt "$@"; then exit 0; fi
 # Two callers at once would tear the environment: the second waits.
 if command -v flock >/dev/null; then
   exec 9>.venv.lock
   flock 9
 fi
-if [[ ! -e $venv/.m2/kind && -x $python ]] && usable "$python"; then
-  mkdir -p "$venv/.m2"  # somebody's own .venv: used as it is, never deleted
-  keep kind <<<"$kind"
-fi
-if [[ -e $venv/.m2/unfinished || ! -x $python ]] ||
-  ! "$python" --version >/dev/null 2>&1 ||
-  [[ $(cat "$venv/.m2/kind") != "$kind" ]] || another_base; then
-  make_venv
+adopt
+reason=$(flaw)
+if [[ -n $reason ]]; then
+  make_venv "$reason"
+elif [[ -e $venv/.m2/unfinished ]]; then
+  rm -f "$venv"/.m2/*.txt  # what is installed in their .venv is not known
 fi
 for file in requirements.txt "$@"; do
   installed "$file" || install_file "$file"

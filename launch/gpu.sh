@@ -103,7 +103,8 @@ if [[ $PLATFORM == cuda && $PROCESSES -gt 1 ]]; then
     fail "PROCESSES=$PROCESSES cannot share out GPUS=$GPUS evenly"
 fi
 step bash launch/env.sh "$PLATFORM"
-pids=()
+pids=() stopped=no
+trap 'stopped=yes' TERM INT  # while not all of them are there to be told
 for ((i = 0; i < PROCESSES; i++)); do
   # shellcheck disable=SC2207  # one word a variable
   process=(env $(variables "$i") .venv/bin/python main.py "${words[@]}")
@@ -120,6 +121,7 @@ if [[ $dry == yes ]]; then
 fi
 
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+[[ $stopped == no ]] || kill -TERM "${pids[@]}" 2>/dev/null || true
 code=0 deadline=''
 while [[ ${#pids[@]} -gt 0 ]]; do
   sleep 0.5 || true  # a signal to the whole group ends it, too

@@ -10,5 +10,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/steps.sh "$@"
 step bash launch/env.sh
-step exec .venv/bin/python main.py --config=configs/quickstart.py \
+last_step .venv/bin/python main.py --config=configs/quickstart.py \
   --workdir=runs/quickstart ${words[@]+"${words[@]}"}

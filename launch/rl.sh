@@ -65,7 +65,7 @@ up="(: >$(quoted "/dev/tcp/${TRAINER:-}/$PORT")) 2>/dev/null"
 case $role in
   local)
     step bash launch/env.sh "$PLATFORM" launch/ray.txt
-    step env "${main[@]}"
+    last_step env "${main[@]}"
     ;;
   trainer)
     step bash launch/env.sh "$PLATFORM" launch/ray.txt
@@ -80,6 +80,9 @@ case $role in
       echo '; kill $!'
       exit
     fi
+    if eval "$up"; then
+      fail "something listens at $TRAINER:$PORT already: end it, or set PORT"
+    fi
     "${head[@]}" >/dev/null &
     cluster=$!
     trap 'kill "$cluster" 2>/dev/null && wait "$cluster" || true' EXIT
@@ -87,6 +90,8 @@ case $role in
       kill -0 "$cluster" 2>/dev/null || fail "Ray did not start (see above)"
       sleep 1
     done
+    # Somebody else may have come to listen there.
+    kill -0 "$cluster" 2>/dev/null || fail "Ray did not start (see above)"
     "${main[@]}" &
     trainer=$!
     trap 'kill -TERM "$trainer" 2>/dev/null || true' TERM INT
@@ -101,6 +106,6 @@ case $role in
     step bash launch/env.sh cpu launch/ray.txt
     [[ $dry == yes ]] || say "waiting for the trainer at $TRAINER:$PORT"
     shell_step "until $up; do sleep 1; done"
-    step "${ray[@]}" "--address=$TRAINER:$PORT" ${CPUS:+"--num-cpus=$CPUS"}
+    last_step "${ray[@]}" "--address=$TRAINER:$PORT" ${CPUS:+"--num-cpus=$CPUS"}
     ;;
 esac

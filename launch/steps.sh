@@ -40,10 +40,12 @@ needed() {
   exit 2
 }
 
-# Fails unless variable $1 is a whole number from $2 upwards.
+# Fails unless variable $1 is a whole number from $2 upwards; zeros before it,
+# with which it would be octal, are taken away.
 number() {
-  [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] ||
+  [[ ${!1} =~ ^[0-9]+$ && $((10#${!1})) -ge $2 ]] ||
     fail "$1='${!1}' is not a whole number from $2 upwards"
+  printf -v "$1" %d "$((10#${!1}))"
 }
 
 # Fails unless BUCKET, if there is one, is a name alone.
@@ -93,7 +95,13 @@ step() {
   fi
 }
 
-# The same for a line of shell: with a pipe, or with a secret's variable.
+# The last step takes the script's place: signals reach it.
+last_step() {
+  [[ $dry == yes ]] || exec "$@"
+  step "$@"
+}
+
+# A step for a line of shell: with a pipe, or with a secret's variable.
 shell_step() {
   if [[ $dry == yes ]]; then echo "$1"; else eval "$1"; fi
 }

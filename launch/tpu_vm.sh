@@ -108,8 +108,12 @@ copy() {
   fi
   local packed=runs/$NAME.tar.gz
   step mkdir -p runs
-  # What git has and what it would take: no .venv, no runs.
-  shell_step "git ls-files -z --cached --others --exclude-standard \
+  # What git has and what it would take: no .venv, no runs. It also lists files
+  # that were deleted.
+  local there='while IFS= read -r -d "" file; do
+  if [[ -e $file || -L $file ]]; then printf "%s\0" "$file"; fi
+done'
+  shell_step "git ls-files -z --cached --others --exclude-standard | $there \
 | tar --null --files-from=- -czf $packed"
   step gcloud alpha compute tpus queued-resources scp "$packed" \
     "$NAME:m2-jax.tar.gz" "${here[@]}" --node=all --worker=all

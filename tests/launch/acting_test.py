@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 
 from absl.testing import absltest, parameterized
@@ -67,6 +69,15 @@ class TpuVmTest(project.Project):
     self.assertEqual(self.act('stop').returncode, 0)
     self.eventually('saved')
 
+  def test_files_deleted_but_not_staged_are_left_out(self):
+    subprocess.run(['git', 'add', '.'], cwd=self.folder, check=True)
+    (self.folder / 'launch' / 'gke.sh').unlink()
+    copied = self.act('copy')
+    self.assertEqual(copied.returncode, 0, copied.stderr)
+    launch = self.host / 'm2-jax' / 'launch'
+    self.assertTrue((launch / 'gpu.sh').exists())
+    self.assertFalse((launch / 'gke.sh').exists())
+
   def test_without_a_secret_nothing_starts(self):
     (self.host / 'm2-jax').mkdir()
     run = self.act('run', *project.RUN, DENIED='yes')
@@ -124,6 +135,12 @@ class GpuTest(project.Project):
     self.assertEqual(ranks, [str(i) for i in range(8)])
     self.assertEqual(devices, ['0,1', '2,3', '4,5', '6,7'] * 2)
 
+  @parameterized.parameters(('08', '8'), ('010', '10'))
+  def test_a_number_with_zeros_before_it_is_decimal(self, index, rank):
+    given = project.GPUS | {'HOSTS': '012', 'HOST_INDEX': index}
+    shown = self.call('gpu.sh', '--dry-run', *project.RUN, **given).stdout
+    self.assertIn(f'JAX_NUM_PROCESSES=12 JAX_PROCESS_ID={rank} ', shown)
+
   def test_only_the_gpus_that_are_visible_are_shared_out(self):
     given = {'CUDA_VISIBLE_DEVICES': '4,GPU-5a,6,7', 'PROCESSES': '2'}
     shown = self.call('gpu.sh', '--dry-run', *project.RUN, **given).stdout
@@ -147,6 +164,17 @@ class GpuTest(project.Project):
     self.assertEqual(run.returncode, 7)
     self.assertLess(time.monotonic() - start, 20)
     self.assertRegex(run.stderr, r'process \d+ ended with 7')
+
+  def test_a_signal_while_processes_are_started_reaches_them(self):
+    self.program(
+      self.folder / '.venv/bin/python',
+      '#!/bin/bash\n[[ $JAX_PROCESS_ID != 0 ]] || kill -TERM $PPID\n'
+      'exec sleep 20\n',
+    )
+    start = time.monotonic()
+    run = self.call('gpu.sh', *project.RUN, PLATFORM='cpu', PROCESSES='20')
+    self.assertEqual(run.returncode, 128 + signal.SIGTERM)
+    self.assertLess(time.monotonic() - start, 15)
 
   @parameterized.parameters(
     (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)
@@ -174,6 +202,65 @@ class GpuTest(project.Project):
     os.killpg(run.pid, number) if all else run.send_signal(number)
     self.assertEqual(run.wait(timeout=20), 0)
     self.assertEqual(self.recorded().count('saved'), 2)
+
+
+class RlTest(project.Project):
+  """What rl.sh does with Ray and main.py."""
+
+  def setUp(self):
+    super().setUp()
+    self.server = self.enter_context(socket.create_server(('127.0.0.1', 0)))
+    self.port = str(self.server.getsockname()[1])
+    self.given = {
+      'PLATFORM': 'cpu', 'TRAINER': '127.0.0.1', 'PORT': self.port,
+      'RAY_AUTH_TOKEN': project.SECRET,
+    }  # fmt: skip
+
+  @parameterized.parameters(
+    (['local', *project.RUN], 'python'), (['agents'], 'ray')
+  )
+  def test_a_signal_to_the_script_reaches_what_it_runs(self, words, name):
+    self.program(
+      self.folder / '.venv/bin' / name,
+      '#!/bin/bash\ntrap \'echo saved >>"$RECORD"; exit 0\' TERM\n'
+      'echo up >>"$RECORD"\nfor ((i = 0; i < 300; i++)); do sleep 0.1; done\n',
+    )
+    run = subprocess.Popen(
+      ['bash', self.folder / 'launch' / 'rl.sh', *words],
+      env=self.environment(**self.given),
+      stdin=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+      if self.record.exists() and 'up\n' in self.record.read_text():
+        break
+      time.sleep(0.05)
+    run.terminate()
+    self.assertEqual(run.wait(timeout=20), 0)
+    self.assertIn('saved', self.recorded())
+
+  def train(self) -> str:
+    run = self.call('rl.sh', 'trainer', *project.RUN, **self.given)
+    self.assertEqual(run.returncode, 2, run.stderr)
+    self.assertNotIn('main.py', ''.join(self.recorded()))
+    return run.stderr
+
+  def test_a_port_that_is_taken_is_refused(self):
+    self.assertIn(f'listens at 127.0.0.1:{self.port} already', self.train())
+
+  def test_who_listens_in_place_of_ray_is_not_taken_for_it(self):
+    self.server.close()
+    listen = (
+      'import os, socket, time;'
+      f' s = socket.create_server(("127.0.0.1", {self.port}));'
+      ' os.fork() or time.sleep(3)'
+    )
+    self.program(
+      self.folder / '.venv/bin/ray',
+      f"#!/bin/bash\n{sys.executable} -c '{listen}' 2>/dev/null\nexit 1\n",
+    )
+    self.assertIn('Ray did not start', self.train())
 
 
 if __name__ == '__main__':

@@ -95,6 +95,46 @@ class EnvTest(absltest.TestCase):
     self.assertEqual(self.env().returncode, 0)
     self.assertTrue((venv / 'witness').exists())
 
+  def test_an_own_venv_that_will_not_do_is_refused_and_kept(self):
+    old = self.root / '.venv' / 'bin' / 'python'
+    old.parent.mkdir(parents=True)
+    old.write_text('#!/bin/sh\necho "Python 3.11.2 is older than 3.12"\nexit 1')
+    old.chmod(0o755)
+    for _ in range(2):
+      run = self.env()
+      self.assertEqual(run.returncode, 1)
+      self.assertRegex(
+        run.stderr,
+        r'\A.*your own and will not do \(.*3\.11\.2 is older.*move it away\n\Z',
+      )
+      self.assertTrue(old.exists())
+
+  def test_an_own_venv_is_used_whatever_happens_and_never_deleted(self):
+    venv = self.root / '.venv'
+    # Without pip, as `uv venv` makes it.
+    subprocess.run(
+      [sys.executable, '-m', 'venv', '--without-pip', venv], check=True
+    )
+    (venv / 'witness').touch()
+    self.make()
+    run = self.env('cuda')
+    self.assertEqual(run.returncode, 1)
+    self.assertIn('your own and will not do (it is for cpu, not', run.stderr)
+    (venv / '.m2' / 'unfinished').touch()  # as pip leaves it when killed
+    run = self.env()
+    self.assertEqual(run.returncode, 0, run.stderr)
+    self.assertIn('installing requirements.txt', run.stderr)
+    self.assertFalse((venv / '.m2' / 'unfinished').exists())
+    self.assertTrue((venv / 'witness').exists())
+
+  def test_a_finished_one_needs_no_lock(self):
+    self.make()
+    lock = self.root / '.venv.lock'
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # cannot be opened for writing, by root either
+    run = self.env()
+    self.assertEqual((run.returncode, run.stderr), (0, ''))
+
   def test_a_host_with_the_right_jax_keeps_it(self):
     """Without an index: had it wanted another jax, it would have failed."""
     host = self.elsewhere / 'host'
