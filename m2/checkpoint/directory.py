@@ -287,6 +287,12 @@ def folders(path: str | pathlib.Path) -> list[pathlib.Path]:
   return found
 
 
+def beside(path: str | pathlib.Path, name: str) -> pathlib.Path | None:
+  """The file `name` that belongs to the weights at `path`, if there is one."""
+  files = (folder / name for folder in folders(path))
+  return next((file for file in files if file.is_file()), None)
+
+
 def newest(path: str | pathlib.Path) -> pathlib.Path:
   """The newest step directory of a workdir, checkpoint or step directory.
 

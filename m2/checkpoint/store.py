@@ -25,7 +25,7 @@ from m2.parallel import hosts, sharding
 
 CheckpointError = layout.CheckpointError
 newest, read_meta, folders = layout.newest, layout.read_meta, layout.folders
-steps_in = layout.steps_in
+beside, steps_in = layout.beside, layout.steps_in
 # Fields that change what given weights compute, without changing any shape.
 _MEANING = (
   'top_k',

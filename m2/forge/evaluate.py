@@ -96,14 +96,12 @@ def tokenizer(start: str) -> tokenizers.Tokenizer:
   Raises:
     ValueError: there is none; names where it was looked for.
   """
-  looked = store.folders(start)
-  for folder in looked:
-    if (folder / 'tokenizer.json').is_file():
-      return tokenizers.load(folder)
+  if file := store.beside(start, 'tokenizer.json'):
+    return tokenizers.load(file)
+  looked = ' or '.join(map(str, store.folders(start)))
   raise ValueError(
-    f'checkpoint.init_from={start!r}: no tokenizer.json in '
-    f'{" or ".join(map(str, looked))}; copy the one that the weights were '
-    'trained with'
+    f'checkpoint.init_from={start!r}: no tokenizer.json in {looked}; copy the '
+    'one that the weights were trained with'
   )
 
 

@@ -143,10 +143,9 @@ def _local(
     y_MD = pallas_kernels.experts(*tokens, *weights, impl=impl)
   else:
     layer = cost.Layer.of(x_MD, index_MX, wi_0_EDF, sizes['expert'])
-    refusal = _direct_refusal(x_MD.dtype, layer, impl)
-    every = cost.STRATEGIES
-    if not refusal and jax.sharding.get_abstract_mesh().size == 2:
-      every = cost.WITH_DIRECT
+    named = strategy == 'direct'
+    refusal = _direct_refusal(x_MD.dtype, layer, impl, named)
+    every = cost.STRATEGIES if refusal else cost.WITH_DIRECT
     strategies = every if strategy == 'auto' else (strategy,)
     strategy, chunks = _choose(strategies, chunks, layer, refusal)
     run = functools.partial(STRATEGIES[strategy], chunks, impl=impl)
@@ -154,7 +153,7 @@ def _local(
   return jax.lax.psum(y_MD, 'tensor')
 
 
-def _direct_refusal(dtype, layer: cost.Layer, impl) -> str | None:
+def _direct_refusal(dtype, layer: cost.Layer, impl, named: bool) -> str | None:
   """Why `direct` cannot run this layer, or None."""
   platform, kind = _device()
   if platform != 'gpu':
@@ -162,7 +161,7 @@ def _direct_refusal(dtype, layer: cost.Layer, impl) -> str | None:
   if impl not in (None, 'mosaic_gpu'):
     return f'is of mosaic_gpu, not of {impl}'
   return expert_kernels.split_refusal(
-    dtype, (layer.width, layer.hidden), layer.top_k
+    dtype, (layer.width, layer.hidden), layer.top_k, named=named
   )
 
 

@@ -80,11 +80,10 @@ def data_config(
       f'checkpoint.init_from={start} is no path on this disk: copy its '
       'tokenizer.json here and name it in data.tokenizer'
     )
-  for folder in store.folders(start):
-    if (folder / 'tokenizer.json').is_file():
-      tree = settings.to_config(config.data).to_dict()
-      tree['tokenizer'] = str(folder / 'tokenizer.json')
-      return settings.DataConfig(**tree)
+  if file := store.beside(start, 'tokenizer.json'):
+    tree = settings.to_config(config.data).to_dict()
+    tree['tokenizer'] = str(file)
+    return settings.DataConfig(**tree)
   if resumed:
     return config.data
   if not pathlib.Path(start).is_dir():

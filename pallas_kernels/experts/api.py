@@ -77,8 +77,7 @@ def experts(
   refusals = {
     'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, widths)
     if axis is None
-    else split_refusal(x_MD.dtype, widths, choices)
-    or (None if impl else _untried()),
+    else split_refusal(x_MD.dtype, widths, choices, named=impl is not None),
     'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, widths),
   }
   table = TRANSPOSED if transposed else BACKENDS
@@ -87,7 +86,7 @@ def experts(
 
 
 def split_refusal(
-  dtype: jnp.dtype, widths: tuple[int, int], choices: int
+  dtype: jnp.dtype, widths: tuple[int, int], choices: int, *, named: bool
 ) -> str | None:
   """Why GPUs cannot write each other's rows for such a layer, or None.
 
@@ -95,9 +94,12 @@ def split_refusal(
     dtype: of the tokens.
     widths: D, F.
     choices: X.
+    named: it is asked for, and so on more GPUs than it ever ran on.
   """
-  return mosaic_gpu.refusal(dtype, widths) or links_gpu.refusal(
-    dtype, widths[0], choices
+  return (
+    mosaic_gpu.refusal(dtype, widths)
+    or links_gpu.refusal(dtype, widths[0], choices)
+    or (None if named else _untried())
   )
 
 

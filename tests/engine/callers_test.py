@@ -1,4 +1,4 @@
-"""Whoever waits for a request may submit the next as soon as it is told."""
+"""Whoever waits for a request may submit or cancel another once it is told."""
 
 import threading
 from unittest import mock
@@ -50,6 +50,18 @@ class CallersTest(absltest.TestCase):
     with mock.patch.object(engine_lib, '_PREFILL', side_effect=lost):
       self.check(step)
     self.assertIsInstance(self.again[0], RuntimeError)
+
+  def test_what_is_cancelled_during_a_step_ends_at_the_next(self):
+    engine, _ = engine_test.make()
+    first, second = (
+      engine.submit(engine_test.request(p, max_new=60, seed=9))
+      for p in engine_test.prompts(2, high=60)
+    )
+    engine.cancel(first)
+    first.add_done_callback(lambda _: engine.cancel(second))
+    engine.run([])
+    self.assertEqual(second.result().stop, types.StopReason.CANCELLED)
+    self.assertLess(len(second.result().ids), 60)
 
 
 if __name__ == '__main__':
