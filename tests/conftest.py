@@ -4,6 +4,7 @@ Imported by pytest before any test module, so the settings stand before the
 first array exists. One process serves single- and multi-device tests alike.
 """
 
+import gc
 import os
 import pathlib
 
@@ -32,6 +33,10 @@ DEVICES = 8
 jax.config.update('jax_num_cpu_devices', DEVICES)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 flags.FLAGS.mark_as_parsed()  # absltest's temporary folders read absl flags
+# Tracing makes many small objects, and hardly a cycle: looking for cycles after
+# every 700 of them, the default, is a twentieth of the run.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,8 @@ block gathers its group's matrix, and one batched product does the rest. The
 number of blocks is the static worst case, so any skew of groups fits.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -61,10 +63,27 @@ def weight_gradient(
   dw_BKN = jnp.einsum(
     'brk,brn->bkn', x_BRK, dy_BRN, preferred_element_type=jnp.float32
   )
-  # Summing blocks into groups as a product: XLA:CPU scatters are scalar loops.
-  own_GB = group_B[None] == jnp.arange(sizes_G.shape[0])[:, None]
-  dw_GKN = jnp.einsum('gb,bkn->gkn', own_GB.astype(jnp.float32), dw_BKN)
+  groups = sizes_G.shape[0]
+  dw_GKN = jax.lax.platform_dependent(
+    dw_BKN,
+    group_B,
+    cpu=functools.partial(_added, groups=groups),
+    default=functools.partial(_multiplied, groups=groups),
+  )
   return dw_GKN.astype(out_dtype)
+
+
+def _added(dw_BKN: jax.Array, group_B: jax.Array, groups: int) -> jax.Array:
+  """Blocks summed into groups, one after the other."""
+  return jax.ops.segment_sum(dw_BKN, group_B, groups, indices_are_sorted=True)
+
+
+def _multiplied(
+  dw_BKN: jax.Array, group_B: jax.Array, groups: int
+) -> jax.Array:
+  """The same as a product: a GPU's scatter adds in any order."""
+  own_GB = group_B[None] == jnp.arange(groups)[:, None]
+  return jnp.einsum('gb,bkn->gkn', own_GB.astype(jnp.float32), dw_BKN)
 
 
 def _blocks(

@@ -10,24 +10,33 @@ import time
 
 from absl.testing import absltest
 
-from tests import clock
+from tests import clock, folders
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS_UNCHANGED = 2.0
 
 
-class EnvTest(absltest.TestCase):
+def project(folder: pathlib.Path) -> pathlib.Path:
+  """A new project in `folder`, with pins that need no network."""
+  root = folder / 'a folder with spaces'
+  (root / 'launch').mkdir(parents=True)
+  shutil.copy(ROOT / 'launch' / 'env.sh', root / 'launch')
+  (root / 'launch' / 'constraints.txt').write_text('# none\n')
+  (root / 'requirements.txt').write_text('# nothing\n')
+  (root / 'more.txt').write_text('# nothing either\n')
+  return root
+
+
+class Case(absltest.TestCase):
+  """A project in a folder of its own, and calls of its env.sh."""
+
+  root: pathlib.Path
+  elsewhere: pathlib.Path
+
   def setUp(self):
     super().setUp()
-    folder = pathlib.Path(self.create_tempdir().full_path)
-    self.root = folder / 'a folder with spaces'
-    (self.root / 'launch').mkdir(parents=True)
-    shutil.copy(ROOT / 'launch' / 'env.sh', self.root / 'launch')
-    (self.root / 'launch' / 'constraints.txt').write_text('# none\n')
-    # Pins without a package: the real ones need a network.
-    (self.root / 'requirements.txt').write_text('# nothing\n')
-    (self.root / 'more.txt').write_text('# nothing either\n')
-    self.elsewhere = folder
+    self.elsewhere = pathlib.Path(self.create_tempdir().full_path)
+    self.root = project(self.elsewhere)
 
   def environment(self, **changes: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith('PIP_')}
@@ -49,6 +58,21 @@ class EnvTest(absltest.TestCase):
     self.assertEqual(run.returncode, 0, run.stderr)
     return self.root / '.venv'
 
+
+class MadeTest(Case):
+  """One environment for all: what they do to it, they undo."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.kept = folders.of_class(cls)
+    project(cls.kept)
+
+  def setUp(self):
+    super().setUp()
+    self.elsewhere = self.kept
+    self.root = self.kept / 'a folder with spaces'
+
   def test_made_once_then_left_alone_then_extended(self):
     venv = self.make()
     subprocess.run([venv / 'bin' / 'python', '-m', 'pip', '--version'], check=1)
@@ -65,6 +89,27 @@ class EnvTest(absltest.TestCase):
     self.assertIn('installing requirements.txt', self.env().stderr)
     self.assertTrue((venv / 'witness').exists(), 'made anew without a reason')
 
+  def test_a_failed_install_says_so_and_spoils_nothing(self):
+    venv = self.make()
+    (venv / 'witness').touch()
+    (self.root / 'wrong.txt').write_text('no-such-package==1.0\n')
+    run = self.env('wrong.txt')
+    self.assertEqual(run.returncode, 1)
+    self.assertIn('could not install wrong.txt', run.stderr)
+    self.assertEqual(self.env().returncode, 0)
+    self.assertTrue((venv / 'witness').exists())
+
+  def test_a_finished_one_needs_no_lock(self):
+    self.make()
+    lock = self.root / '.venv.lock'
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # cannot be opened for writing, by root either
+    self.addCleanup(lock.rmdir)
+    run = self.env()
+    self.assertEqual((run.returncode, run.stderr), (0, ''))
+
+
+class EnvTest(Case):
   def test_what_was_interrupted_is_made_anew(self):
     run = subprocess.Popen(
       ['bash', str(self.root / 'launch' / 'env.sh')],
@@ -84,16 +129,6 @@ class EnvTest(absltest.TestCase):
     venv = self.make()
     self.assertFalse((venv / 'witness').exists())
     self.assertFalse(mark.exists())
-
-  def test_a_failed_install_says_so_and_spoils_nothing(self):
-    venv = self.make()
-    (venv / 'witness').touch()
-    (self.root / 'more.txt').write_text('no-such-package==1.0\n')
-    run = self.env('more.txt')
-    self.assertEqual(run.returncode, 1)
-    self.assertIn('could not install more.txt', run.stderr)
-    self.assertEqual(self.env().returncode, 0)
-    self.assertTrue((venv / 'witness').exists())
 
   def test_an_own_venv_that_will_not_do_is_refused_and_kept(self):
     old = self.root / '.venv' / 'bin' / 'python'
@@ -126,14 +161,6 @@ class EnvTest(absltest.TestCase):
     self.assertIn('installing requirements.txt', run.stderr)
     self.assertFalse((venv / '.m2' / 'unfinished').exists())
     self.assertTrue((venv / 'witness').exists())
-
-  def test_a_finished_one_needs_no_lock(self):
-    self.make()
-    lock = self.root / '.venv.lock'
-    lock.unlink(missing_ok=True)
-    lock.mkdir()  # cannot be opened for writing, by root either
-    run = self.env()
-    self.assertEqual((run.returncode, run.stderr), (0, ''))
 
   def test_a_host_with_the_right_jax_keeps_it(self):
     """Without an index: had it wanted another jax, it would have failed."""

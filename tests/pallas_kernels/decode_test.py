@@ -1,5 +1,7 @@
 """The experts of a few tokens: specification, plan, XLA backend, refusals."""
 
+import unittest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,9 @@ from tests.pallas_kernels import decode_cases as cases
 SHAPE = cases.Shape(experts=6, width=128, hidden=256)
 RUN = jax.jit(pallas_kernels.decode_experts, static_argnames='impl')
 PLAIN = jax.jit(weights.dequantised)
+ON_CPU = unittest.skipUnless(
+  jax.default_backend() == 'cpu', "a TPU's kernels are interpreted on CPUs"
+)
 
 
 def by_token(x_MD, index_MX, weight_MX, *matrices):
@@ -53,6 +58,7 @@ class DecodeTest(parameterized.TestCase):
     self.assertLess(cases.error(got, want), cases.TOLERANCE)
     self.assertLess(cases.error(cases.EXPECTED(*args), want), 1e-5)
 
+  @ON_CPU
   @parameterized.parameters('few, some elsewhere', 'evenly', 'nobody')
   def test_a_tpu_makes_codes_plain_by_a_kernel(self, name):
     args = cases.tokens(3, INDICES[name], SHAPE.width)
@@ -63,6 +69,7 @@ class DecodeTest(parameterized.TestCase):
     with self.assertRaisesRegex(NotImplementedError, 'need no kernel'):
       pallas_kernels.decode_experts(*args[:3], *plain, impl='mosaic_tpu')
 
+  @ON_CPU
   @parameterized.parameters('float32', 'bfloat16')
   def test_dequantising(self, dtype):
     run = jax.jit(
@@ -102,7 +109,8 @@ class DecodeTest(parameterized.TestCase):
     x, index, weight = cases.tokens(3, INDICES['evenly'], SHAPE.width)
     matrices = cases.matrices(jax.random.key(4), SHAPE, False)
     args = np.float32(x), index, weight, *map(np.float32, matrices)
-    got = RUN(*args)
+    with jax.default_matmul_precision('float32'):  # a GPU's is tf32
+      got = RUN(*args)
     self.assertEqual(got.dtype, jnp.float32)
     self.assertLess(cases.error(got, by_token(*args)), 1e-5)
 

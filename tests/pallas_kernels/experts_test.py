@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
@@ -35,9 +36,15 @@ class ExpertsTest(parameterized.TestCase):
   @parameterized.parameters(
     ('xla', 24, 40, 'float32', FP32_TOLERANCE),
     ('xla', 128, 128, 'bfloat16', BF16_TOLERANCE),
-    ('mosaic_tpu', 256, 256, 'bfloat16', BF16_TOLERANCE),
   )
-  def test_is_the_specification(self, impl, dim, hidden, dtype, tolerance):
+  def test_is_the_specification(self, *case):
+    self.check(*case)
+
+  @pytest.mark.heavy
+  def test_an_interpreted_kernel_is_too(self):
+    self.check('mosaic_tpu', 256, 256, 'bfloat16', BF16_TOLERANCE)
+
+  def check(self, impl, dim, hidden, dtype, tolerance):
     args = operands(dim, hidden, dtype)
     layer = functools.partial(pallas_kernels.experts, impl=impl)
     with jax.default_matmul_precision('highest'):

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax.experimental.pallas import tpu as pltpu
 
@@ -88,10 +89,14 @@ class MosaicTpuTest(parameterized.TestCase):
     for ours, spec in zip(got, want):
       self.assert_close(ours, spec, BF16_TOLERANCE)
 
-  @parameterized.parameters(True, False)
-  def test_parts_of_columns_and_float32_results(self, simulated):
-    # False: the other interpreter, which a forced backend on a CPU takes.
-    on = chip(2) if simulated else chip(1, True)
+  def test_parts_of_columns_and_float32_results(self):
+    self.check_parts(chip(2))
+
+  @pytest.mark.heavy
+  def test_parts_in_the_interpreter_of_a_forced_backend(self):
+    self.check_parts(chip(1, True))
+
+  def check_parts(self, on):
     tiles = tiles_tpu.Tiles(rows=32, chunk=16, rest=16, stages=3, columns=128)
     x_MK, w_GKN, sizes_G, dy_MN, _ = row_cases.operands(
       [5, 66], 16, 96, 256, 256

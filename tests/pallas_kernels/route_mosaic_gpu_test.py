@@ -11,6 +11,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
@@ -168,9 +169,19 @@ class PlanTest(parameterized.TestCase):
 
 class MoveTest(parameterized.TestCase):
   @parameterized.parameters(
-    *itertools.product(LAYOUTS, ('bfloat16', 'float32'))
+    *zip(LAYOUTS, itertools.cycle(('bfloat16', 'float32')))
   )
   def test_rows_come_and_go(self, shape, dtype):
+    self.check_rows(shape, dtype)
+
+  @pytest.mark.heavy
+  @parameterized.parameters(
+    *zip(LAYOUTS, itertools.cycle(('float32', 'bfloat16')))
+  )
+  def test_rows_of_the_other_type_come_and_go(self, shape, dtype):
+    self.check_rows(shape, dtype)
+
+  def check_rows(self, shape, dtype):
     tokens, groups, choices, align, width = shape
     if choices * width * jnp.dtype(dtype).itemsize > mosaic_gpu.TOKEN_BYTES:
       self.skipTest('the rows of a token do not fit')

@@ -15,7 +15,13 @@ SUM_TOLERANCE = 5e-6
 # Adam divides a gradient by its own size: rounding of the tiniest ones shows.
 UPDATE_TOLERANCE = 2e-3
 
-BASE = small.run_config(modules=1)
+
+def run_config(**changes):
+  """One block beside the module: a second compiles to half as much again."""
+  return small.run_config(modules=1, model={'layers': 1}, **changes)
+
+
+BASE = run_config()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -45,7 +51,7 @@ class AccumulateTest(parameterized.TestCase):
   def test_microbatches_add_up_to_the_batch(self):
     # Uneven weights: rows with few trained tokens must not count more.
     whole, metrics = gradients(BASE)
-    cfg = small.run_config(modules=1, optim={'accumulate': 4})
+    cfg = run_config(optim={'accumulate': 4})
     parts, summed = gradients(cfg)
     assert_close(whole, parts, SUM_TOLERANCE)
     for metrics_of in (metrics, summed):
@@ -68,9 +74,7 @@ class AccumulateTest(parameterized.TestCase):
 class MeshTest(parameterized.TestCase):
   def test_eight_devices_with_microbatches_compute_what_one_does_at_once(self):
     one, metrics = small.steps(BASE, 2)
-    cfg = small.run_config(
-      modules=1, optim={'accumulate': 2}, data={'batch': 2 * small.ROWS}
-    )
+    cfg = run_config(optim={'accumulate': 2}, data={'batch': 2 * small.ROWS})
     twice = {k: np.repeat(v, 2, axis=0) for k, v in small.batch().items()}
     eight, others = small.steps(cfg, 2, small.CUT, rows=twice)
     assert_close(one.params, eight.params, UPDATE_TOLERANCE)
@@ -123,12 +127,12 @@ class BalanceTest(parameterized.TestCase):
         after.params[part]['moe']['bias'], rate * np.sign(error), rtol=1e-6
       )
     tokens = (small.batch()['until'] > 0).sum()
-    layers, top_k = small.MODEL.layers, small.MODEL.top_k
+    layers, top_k = BASE.model.layers, BASE.model.top_k
     self.assertEqual(load['blocks'].sum(), tokens * layers * top_k)
     self.assertAlmostEqual(metrics['active'], top_k, places=5)
 
   def test_mtp_only_leaves_the_trunk_as_it_is_to_the_bit(self):
-    cfg = small.run_config(modules=1, optim={'train_only': 'mtp'})
+    cfg = run_config(optim={'train_only': 'mtp'})
     before = small.steps(cfg, 1)[0]
     after = small.leaves(small.steps(cfg, 1, state=before)[0].params)
     for path, leaf in small.leaves(before.params).items():
@@ -136,7 +140,7 @@ class BalanceTest(parameterized.TestCase):
       self.assertEqual(same, not path.startswith('mtp/'), path)
 
   def test_modules_without_a_weight_stay_as_they_are(self):
-    cfg = small.run_config(modules=1, loss={'mtp': 0.0, 'mtp_final': 0.0})
+    cfg = run_config(loss={'mtp': 0.0, 'mtp_final': 0.0})
     before = small.steps(cfg, 1)[0]
     after, metrics = small.steps(cfg, 1, state=before)
     self.assertNotIn('mtp', metrics)
@@ -151,7 +155,7 @@ class GuardTest(parameterized.TestCase):
     state, metrics = small.steps(BASE, 1)
     self.assertFalse(metrics['bad'].any())
     broken = jax.tree.map(np.copy, state)
-    broken.params['blocks']['moe']['wi_0'][1, :, 3, 4] = np.inf
+    broken.params['blocks']['moe']['wi_0'][0, :, 3, 4] = np.inf
     after, metrics = small.steps(BASE, 1, state=broken)
     self.assertTrue(metrics['bad'][0])
     self.assertEqual(after.step, state.step + 1)
