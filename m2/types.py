@@ -71,7 +71,7 @@ class Message:
   def to_dict(self) -> dict[str, Any]:
     """The OpenAI-style dictionary that `m2.data.template.render` takes."""
     out: dict[str, Any] = {'role': self.role, 'content': self.content}
-    if self.reasoning:
+    if self.role == 'assistant':  # also '': else `</think>` in content splits
       out['reasoning_content'] = self.reasoning
     if self.tool_calls:
       out['tool_calls'] = [

@@ -53,8 +53,8 @@ def load(
   path: str | os.PathLike,
   cfg: settings.ModelConfig,
   mesh: jax.sharding.Mesh | None = None,
-  *,
   dtype: Any = None,
+  *,
   in_flight: int = stream.IN_FLIGHT,
 ) -> dict[str, Any]:
   """Reads a checkpoint; float32, bfloat16, float16 or block-FP8.

@@ -104,9 +104,9 @@ def read(path: str | os.PathLike) -> config.ModelConfig:
   """Reads the shape of a model.
 
   `param_dtype` is float32, which holds the weights of every format exactly;
-  `dtype` is that of the file, bfloat16 if it names none. `mtp_modules` counts
-  the modules whose weights are there: the released files announce three and
-  hold none.
+  `dtype` is what it names, or that of the embedding in the files beside it, or
+  bfloat16 where there are none. `mtp_modules` counts the modules whose weights
+  are there: the released files announce three and hold none.
 
   Args:
     path: checkpoint directory, or its URL, with config.json.
@@ -140,7 +140,7 @@ def read(path: str | os.PathLike) -> config.ModelConfig:
       _refuse(quantisation, _QUANTISATION, 'quantization_config.', errors)
     else:
       errors.append(f'quantization_config={quantisation!r} is not an object')
-  fields['dtype'] = _dtype(tree, errors)
+  fields['dtype'] = _dtype(tree, path, errors)
   if not errors:
     fields |= _rotary(tree, fields['head_dim'], errors)
   if not errors:
@@ -205,13 +205,23 @@ def _refuse_layers(tree: Mapping[str, Any], errors: list[str]) -> None:
       errors.append(f'{key}={kinds!r}: this model has {kind!r} only')
 
 
-def _dtype(tree: Mapping[str, Any], errors: list[str]) -> str:
+def _dtype(tree: Mapping[str, Any], path: Any, errors: list[str]) -> str:
   """The compute type; `torch_dtype` is the key's older name."""
-  value = tree.get('dtype') or tree.get('torch_dtype') or 'bfloat16'
+  value = tree.get('dtype') or tree.get('torch_dtype') or _embedded(path)
   if not isinstance(value, str) or value.split('.')[-1] not in _COMPUTE:
     errors.append(f'dtype={value!r}: choose one of {", ".join(_COMPUTE)}')
     return ''
   return _COMPUTE[value.split('.')[-1]]
+
+
+def _embedded(path: str | os.PathLike) -> str:
+  """The type of the embedding in the files; bfloat16 without any."""
+  try:
+    tensor = shards.read(path).get('model.embed_tokens.weight')
+  except FileNotFoundError:
+    tensor = None
+  found = tensor and {'F32': 'float32', 'F16': 'float16'}.get(tensor.dtype)
+  return found or 'bfloat16'
 
 
 def _rotary(tree, head_dim: int, errors: list[str]) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def save(
   params: Mapping[str, Any],
   path: str | os.PathLike,
   cfg: settings.ModelConfig,
+  dtype: Any = None,
   *,
-  dtype: str = 'bfloat16',
   shard_bytes: int | None = None,
   beside: Mapping[str, bytes] = types.MappingProxyType({}),
   resume: str = '',
@@ -62,7 +62,8 @@ def save(
     cfg: shape of the model, and whether experts are held in FP8.
     dtype: float32, bfloat16, or fp8 (see `fp8.quantise`: what was FP8 and was
       loaded as float32 gets its bytes back, and so do experts that were kept
-      in FP8). The router is float32 in any case.
+      in FP8); None = what holds `params` as they are. The router is float32 in
+      any case.
     shard_bytes: largest file; None = 5 GB, and 500 MB in an object store, where
       a file is held in host memory until it is sent.
     beside: files to write next to the weights, such as a tokenizer's.
@@ -79,8 +80,7 @@ def save(
       `<path>.unfinished` what no save left there.
     OSError: a file could not be written; nothing is left at `path`.
   """
-  if dtype not in _STORED:
-    raise ValueError(f'hf.save: dtype={dtype!r}: choose {", ".join(_STORED)}')
+  dtype = _own_dtype(params) if dtype is None else _name(dtype)
   remote = storage.is_url(path)
   path = os.fspath(path) if remote else pathlib.Path(path).resolve()
   _check_free(path, resume)
@@ -106,6 +106,28 @@ def save(
       storage.put(folder, shards.INDEX, shards.index(plan))
     if mark:
       folder.remove(_MARK)
+
+
+def _name(dtype: Any) -> str:
+  """`fp8`, or a type by its name or as JAX and NumPy have it."""
+  if dtype not in _STORED:
+    with contextlib.suppress(TypeError):
+      dtype = np.dtype(dtype).name
+  if dtype not in _STORED:
+    raise ValueError(f'hf.save: dtype={dtype!r}: choose {", ".join(_STORED)}')
+  return dtype
+
+
+def _own_dtype(params: Mapping[str, Any]) -> str:
+  """What loses nothing of the weights that may be in either type."""
+  held = {
+    leaf.dtype.name
+    for path, leaf in hf_tree.flat(params).items()
+    if path.rpartition('/')[2] not in (*hf_tree.FLOAT32, 'scale_inv')
+  }
+  if fp8.DTYPE.name in held:
+    return 'fp8'
+  return 'bfloat16' if held == {'bfloat16'} else 'float32'
 
 
 def _check_free(path: str | pathlib.Path, resume: str) -> None:

@@ -1,9 +1,11 @@
 """Reads the model's own output: reasoning, visible text, tool calls.
 
 One machine serves all ways in: `parse` feeds it a whole text, a stream feeds
-it pieces, and any cutting gives the same message. Whoever has the ids feeds
-special tokens apart from text, which then cannot spell one: a model that quotes
-`</think>` or a call of a tool in its reasoning has neither ended it nor called.
+it pieces, and any cutting gives the same message. Who is not told whether the
+text begins inside the reasoning finds out: `parse` from all of it, a stream
+from the first tag that comes. Whoever has the ids feeds special tokens apart
+from text, which then cannot spell one: a model that quotes `</think>` or a call
+of a tool in its reasoning has neither ended it nor called.
 
 What is malformed is reported and never guessed at. A block of calls whose
 structure is broken (a tag left open, text between tags, a block in a block)
@@ -14,6 +16,7 @@ cannot be told from a tag that was forgotten.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,6 +25,7 @@ from m2.data import lexer, markup
 
 _FORGOTTEN = 'tool-call markup outside a block'
 _TRAILING = 'text after the tool calls'
+_VALUE = re.compile(r'<parameter name=[^>]*>.*?</parameter>', re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,8 @@ def parse(
       names and types unchecked and every value text.
     thinking: the text continues the generation prompt, which already opened
       the reasoning; so text without `</think>` is reasoning cut short. Where
-      False, text without any think tag is visible content.
+      False, it does so if it has a `</think>` outside the values of calls and
+      no leading `<think>`; without any think tag it is visible content.
 
   Returns:
     The assistant's message; `errors` lists what was malformed. No text raises.
@@ -62,6 +67,9 @@ def parse(
   Raises:
     ValueError: `tools` itself is malformed.
   """
+  if not text.lstrip().startswith(markup.THINK):
+    message = _VALUE.sub('', text).partition(markup.EOS)[0]
+    thinking = thinking or markup.THINK_END in message
   parser = StreamParser(tools, thinking=thinking)
   parser.feed(text)
   return parser.close()

@@ -36,6 +36,12 @@ PATTERN = '|'.join(
     rf'(?:(?!{_WORD}|\p{{N}}|\n?{_TAG})[\s\S])+',
   )
 )
+# What the chat template writes; added to a tokenizer that lacks it.
+_NEEDED = tuple(
+  token
+  for token in markup.SPECIALS
+  if token not in (markup.PAD, markup.DOCUMENT)
+)
 _BYTES = 256
 _LONGEST_CACHED = 512  # characters of a text whose ids are remembered
 _CACHE_ENTRIES = 50_000
@@ -44,11 +50,16 @@ _CACHE_ENTRIES = 50_000
 class Tokenizer:
   """A tokenizer with M2's special tokens at their roles.
 
+  Those that the chat template writes and the text lacks get the ids after all
+  others, in the order of `markup.SPECIALS`; any other text has the ids that it
+  has without them.
+
   Attributes:
     eos_id: ends a message, `[e~[`.
-    bos_id: starts a conversation; None in a tokenizer that is not M2's.
-    role_id: starts a role's block; None likewise.
-    pad_id: fills rows where nothing is trained or seen.
+    bos_id: starts a conversation.
+    role_id: starts a role's block.
+    pad_id: fills rows where nothing is trained or seen; `eos_id` where the
+      text has no `]!p~[`.
     size: smallest vocabulary a model needs: the greatest id + 1.
   """
 
@@ -56,8 +67,8 @@ class Tokenizer:
     """Builds the tokenizer from the text of a `tokenizer.json`.
 
     Raises:
-      ValueError: the text is no tokenizer, has no `[e~[`, or can spell a
-        special token with ordinary ones.
+      ValueError: the text is no tokenizer, can spell a special token with
+        ordinary ones, or lacks some and has no ids after all others for them.
     """
     try:
       tree = json.loads(text)
@@ -70,21 +81,17 @@ class Tokenizer:
     for backend in (self._special, self._plain):
       backend.no_truncation()
       backend.no_padding()
+    _complete(self._special)
     self._ids = {
       token: id
       for token in markup.SPECIALS
       if (id := self._special.token_to_id(token)) is not None
     }
-    if markup.EOS not in self._ids:
-      raise ValueError(
-        f'the tokenizer has no end token {markup.EOS!r}; add it to the '
-        'added_tokens of its tokenizer.json'
-      )
     self._tokens = {id: token for token, id in self._ids.items()}
     self._cache: dict[str, list[int]] = {}
     self.eos_id = self._ids[markup.EOS]
-    self.bos_id = self._ids.get(markup.BOS)
-    self.role_id = self._ids.get(markup.ROLE)
+    self.bos_id = self._ids[markup.BOS]
+    self.role_id = self._ids[markup.ROLE]
     self.pad_id = self._ids.get(markup.PAD, self.eos_id)
     self.size = (
       max(self._special.get_vocab(with_added_tokens=True).values()) + 1
@@ -130,20 +137,15 @@ class Tokenizer:
       the token and 0 elsewhere.
 
     Raises:
-      ValueError: the tokenizer lacks a special token that the template uses.
+      ValueError: the text has lone surrogates, which no bytes stand for.
     """
     ids: list[int] = []
     weights: list[float] = []
     for piece in rendered.pieces():
-      if not piece.special:
-        added = self.encode_plain(piece.text)
-      elif piece.text in self._ids:
+      if piece.special:
         added = [self._ids[piece.text]]
       else:
-        raise ValueError(
-          f'the tokenizer has no special token {piece.text!r}, which the chat '
-          'template needs; train one with M2 tokens or use text rows'
-        )
+        added = self.encode_plain(piece.text)
       ids += added
       weights += [float(piece.trained)] * len(added)
     return np.asarray(ids, np.int32), np.asarray(weights, np.float32)
@@ -204,6 +206,28 @@ class Tokenizer:
     return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
 
 
+def _complete(backend: tokenizers.Tokenizer) -> None:
+  """Adds the special tokens that the chat template needs and `backend` lacks.
+
+  Raises:
+    ValueError: its ids have gaps: the library counts tokens to find a free id.
+  """
+  missing = [token for token in _NEEDED if backend.token_to_id(token) is None]
+  taken = set(backend.get_vocab(with_added_tokens=True).values())
+  backend.add_special_tokens(
+    [
+      tokenizers.AddedToken(token, special=True, normalized=False)
+      for token in missing
+    ]
+  )
+  if taken.intersection(map(backend.token_to_id, missing)):
+    raise ValueError(
+      f'it has {len(taken)} tokens and ids up to {max(taken)}, so that the '
+      f'special tokens {" ".join(missing)} find no free ids; give them some in '
+      'its model.vocab'
+    )
+
+
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
   try:
     return backend.encode(text, add_special_tokens=False).ids
@@ -217,8 +241,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
   """Reads a Hugging Face `tokenizer.json`, or the directory that holds one.
 
   Raises:
-    ValueError: no such file, not a tokenizer, or one without `[e~[`; names
-      the path.
+    ValueError: no such file, or not a tokenizer that M2's special tokens can
+      be added to; names the path.
   """
   path = pathlib.Path(path)
   if path.is_dir():

@@ -13,6 +13,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from m2 import config
@@ -281,12 +282,10 @@ def logits(
     float32[B, T, V].
 
   Raises:
-    ValueError: tokens that are no whole numbers.
+    ValueError: they are not [B, T], no whole numbers or, where their values
+      are known, out of range.
   """
-  tokens_BT = jnp.asarray(tokens_BT)
-  if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-    raise ValueError(f'tokens are {tokens_BT.dtype}: token ids are integers')
-  tokens_BT = tokens_BT.astype(jnp.int32)
+  tokens_BT = _whole('tokens', tokens_BT, cfg.vocab)
   length = tokens_BT.shape[1]
   if positions_BT is None:
     positions_BT = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)
@@ -296,10 +295,27 @@ def logits(
     cfg,
     params,
     tokens_BT,
-    jnp.asarray(positions_BT, jnp.int32),
-    jnp.asarray(until_BT, jnp.int32),
+    _whole('positions', positions_BT, 2**31),
+    _whole('until', until_BT, 2**31),
   )
   return head_logits(params, output.hidden_BTD)
+
+
+def _whole(name: str, given_BT: Any, limit: int) -> jax.Array:
+  """`given_BT` as int32, checked as far as its values are known."""
+  if not isinstance(given_BT, jax.Array):
+    given_BT = np.asarray(given_BT)
+  if not jnp.issubdtype(given_BT.dtype, jnp.integer):
+    raise ValueError(f'{name} are {given_BT.dtype}: integers are expected')
+  if given_BT.ndim != 2:
+    raise ValueError(f'{name} are {given_BT.shape}: [B, T] is expected')
+  known = not isinstance(given_BT, jax.core.Tracer) and given_BT.size
+  if known and getattr(given_BT, 'is_fully_addressable', True):
+    values = np.asarray(given_BT)
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= limit:
+      raise ValueError(f'{name} are {least} to {most}: 0 to {limit - 1} exist')
+  return jnp.asarray(given_BT, jnp.int32)
 
 
 def head_logits(params: Any, hidden_BTD: jax.Array) -> jax.Array:

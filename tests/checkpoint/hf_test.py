@@ -11,6 +11,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
@@ -114,6 +115,33 @@ class GoldenTest(FilesTest):
     self.assertGreater(len(list(target.glob('*.safetensors'))), 1)
     again = dataclasses.replace(hf.config(target), param_dtype=held)
     self.assertEqual(again, cfg)
+
+  @parameterized.parameters(('float32', 'F32'), ('bfloat16', 'BF16'))
+  def test_without_a_type_nothing_is_lost(self, held, stored_as):
+    path, target = DATA / 'ratios_of_m2', self.folder / 'out'
+    cfg = dataclasses.replace(hf.config(path), param_dtype=held)
+    params = hf.load(path, cfg)
+    hf.save(params, target, cfg)
+    weight = 'model.layers.0.block_sparse_moe.experts.0.w1.weight'
+    self.assertEqual(shards.read(target)[weight].dtype, stored_as)
+    assert_same(hf.load(target, cfg), params)
+
+  def test_types_by_name_or_as_jax_has_them_in_the_fourth_place(self):
+    cfg = hf.config(DATA / 'ratios_of_m2')
+    params = hf.load(DATA / 'ratios_of_m2', cfg, None, jnp.bfloat16)
+    self.assertEqual(params['head'].dtype, jnp.bfloat16)
+    hf.save(params, self.folder / 'out', cfg, jnp.float32)
+    head = shards.read(self.folder / 'out')['lm_head.weight']
+    self.assertEqual(head.dtype, 'F32')
+
+  def test_the_files_say_the_type_that_config_json_does_not(self):
+    for name, dtype in (('top_eight', 'float32'), ('fp8', 'bfloat16')):
+      path = shutil.copytree(DATA / name, self.folder / name)
+      tree = json.loads((path / 'config.json').read_text())
+      for key in ('dtype', 'torch_dtype'):
+        tree.pop(key, None)
+      (path / 'config.json').write_text(json.dumps(tree))
+      self.assertEqual(hf.config(path).dtype, dtype)
 
   def test_float16_is_read(self):
     cfg = hf.config(DATA / 'five_heads')

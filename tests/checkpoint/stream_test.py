@@ -224,8 +224,10 @@ class LoadTest(hf_test.FilesTest):
 
   def test_kept_experts_are_written_as_they_are_and_in_no_other_type(self):
     kept = hf.load(self.codes, KEPT)
+    hf.save(kept, self.folder / 'same', KEPT)
+    hf_test.assert_same(hf.load(self.folder / 'same', KEPT), kept)
     with self.assertRaisesRegex(ValueError, "dtype='bfloat16' must be fp8"):
-      hf.save(kept, self.folder / 'out', KEPT)
+      hf.save(kept, self.folder / 'out', KEPT, dtype='bfloat16')
     with self.assertRaisesRegex(ValueError, 'wi_0/values: unknown'):
       hf.save(kept, self.folder / 'out', plain(KEPT), dtype='fp8')
     wi_0 = kept['blocks']['moe']['wi_0']

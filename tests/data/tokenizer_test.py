@@ -1,5 +1,6 @@
 """Tokenizer: nothing lost, nothing spelt that may not be, clear refusals."""
 
+import functools
 import json
 import pathlib
 import pickle
@@ -8,8 +9,17 @@ import random
 import numpy as np
 import tokenizers
 from absl.testing import absltest, parameterized
+from tokenizers import (
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+  trainers,
+)
 
-from m2.data import markup, template, tokenizer
+from m2 import config
+from m2.data import markup, pipeline, template, tokenizer
 
 TEXTS = ['The quick brown fox; jumps over 12345 lazy dogs.\n' * 9, 'é漢字 ok']
 VOCAB = 300
@@ -145,30 +155,30 @@ class FileTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, str(path)):
         tokenizer.load(path)
 
-  def test_needs_an_end_token(self):
-    def drop(tree):
-      tree['added_tokens'] = [
-        t for t in tree['added_tokens'] if t['content'] != markup.EOS
-      ]
-      id = tree['model']['vocab'].pop(markup.EOS)
-      tree['model']['vocab']['other'] = id
-
-    with self.assertRaisesRegex(ValueError, 'no end token'):
-      tokenizer.load(self.path(drop))
-
-  def test_a_tokenizer_without_chat_tokens_says_so(self):
+  def test_what_is_there_of_the_special_tokens_keeps_its_ids(self):
     def drop(tree):
       tree['added_tokens'] = [
         t for t in tree['added_tokens'] if t['content'] == markup.EOS
       ]
-      for token in (markup.THINK, markup.ROLE, markup.PAD, markup.BOS):
+      for token in set(markup.SPECIALS) - {markup.EOS}:
         tree['model']['vocab'][f'{token}.'] = tree['model']['vocab'].pop(token)
 
-    tok = tokenizer.load(self.path(drop))
-    self.assertEqual((tok.pad_id, tok.bos_id), (tok.eos_id, None))
-    self.assertNotEmpty(tok.encode_plain('text works'))
-    with self.assertRaisesRegex(ValueError, 'special token .* template needs'):
-      tok.encode_rendered(template.render([{'role': 'user', 'content': 'x'}]))
+    full, tok = (tokenizer.load(self.path(*how)) for how in ((), (drop,)))
+    self.assertEqual(tok.eos_id, full.eos_id)
+    self.assertEqual((tok.bos_id, tok.role_id), (VOCAB, VOCAB + 1))
+    self.assertEqual(tok.pad_id, tok.eos_id)  # the template needs no padding
+    self.assertEqual((full.size, tok.size), (VOCAB, VOCAB + 6))
+
+  def test_refuses_a_file_that_leaves_no_id_for_them(self):
+    def gap(tree):
+      vocab = tree['model']['vocab']
+      vocab[next(token for token, id in vocab.items() if id == 299)] = 301
+      tree['added_tokens'] = []
+      vocab['end'] = vocab.pop(markup.EOS)
+      vocab['begin'] = vocab.pop(markup.BOS)
+
+    with self.assertRaisesRegex(ValueError, '300 tokens and ids up to 301, '):
+      tokenizer.load(self.path(gap))
 
   def test_ignores_truncation_and_padding_of_the_file(self):
     path = self.path()
@@ -180,6 +190,100 @@ class FileTest(parameterized.TestCase):
     text = 'The quick brown fox'
     self.assertEqual(tok.decode(tok.encode(text)), text)
     self.assertEqual(tok.decode(tok.encode_plain(text)), text)
+
+
+class ForeignTest(parameterized.TestCase):
+  """Files that were made without M2: its special tokens come after theirs."""
+
+  TEXT = 'the quick brown fox jumps over 12345 dogs'
+  NEEDED = [
+    token
+    for token in markup.SPECIALS
+    if token not in (markup.PAD, markup.DOCUMENT)
+  ]
+
+  def foreign(self, kind) -> tokenizers.Tokenizer:
+    """A small tokenizer with special tokens of its own."""
+    if kind == 'bytes':
+      found = tokenizers.Tokenizer(models.BPE())
+      found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+      found.post_processor = processors.ByteLevel(trim_offsets=False)
+      found.decoder = decoders.ByteLevel()
+      trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=['<|endoftext|>'],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+      )
+    elif kind == 'unigram':
+      found = tokenizers.Tokenizer(models.Unigram())
+      found.pre_tokenizer = pre_tokenizers.Metaspace()
+      found.decoder = decoders.Metaspace()
+      trainer = trainers.UnigramTrainer(
+        vocab_size=80,
+        special_tokens=['<unk>', '<s>', '</s>'],
+        unk_token='<unk>',
+        show_progress=False,
+      )
+    else:
+      found = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
+      found.normalizer = normalizers.BertNormalizer()
+      found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+      found.decoder = decoders.WordPiece()
+      trainer = trainers.WordPieceTrainer(
+        vocab_size=120,
+        special_tokens=['[UNK]', '[CLS]', '[SEP]'],
+        show_progress=False,
+      )
+    found.train_from_iterator([*TEXTS, self.TEXT], trainer)
+    return found
+
+  @parameterized.parameters('bytes', 'unigram', 'wordpiece')
+  def test_text_keeps_its_ids_and_special_tokens_get_the_next(self, kind):
+    plain = self.foreign(kind)
+    path = pathlib.Path(self.create_tempdir()) / 'tokenizer.json'
+    plain.save(str(path))
+    tok = tokenizer.load(path)
+
+    ids = plain.encode(self.TEXT, add_special_tokens=False).ids
+    self.assertEqual(tok.encode(self.TEXT), ids)
+    self.assertEqual(tok.encode_plain(self.TEXT), ids)
+    self.assertEqual(tok.decode(ids), self.TEXT)
+
+    size = plain.get_vocab_size()
+    new = list(range(size, size + len(self.NEEDED)))
+    self.assertEqual([*map(tok.encode, self.NEEDED)], [[id] for id in new])
+    self.assertEqual([tok.decode([id]) for id in new], self.NEEDED)
+    self.assertEqual(tok.size, new[-1] + 1)
+    self.assertEqual(tok.pad_id, tok.eos_id)
+    spelled = tok.encode_plain(''.join(self.NEEDED))
+    self.assertEmpty(set(new) & set(spelled))
+
+    pieces = list(tok.pieces([*ids, tok.eos_id]))
+    self.assertEqual(pieces, [(self.TEXT, False), (markup.EOS, True)])
+    chat = template.render([{'role': 'user', 'content': self.TEXT}])
+    chat, _ = tok.encode_rendered(chat)
+    self.assertContainsSubset({tok.bos_id, tok.role_id, tok.eos_id}, set(chat))
+
+    tok.save(path)
+    again = tokenizer.load(path)
+    self.assertEqual(again.to_text(), tok.to_text())
+    self.assertEqual(again.fingerprint(), tok.fingerprint())
+
+  def test_a_model_that_is_too_small_for_them_names_the_sizes(self):
+    folder = pathlib.Path(self.create_tempdir())
+    self.foreign('bytes').save(str(folder / 'words.json'))
+    cfg = config.DataConfig(tokenizer=str(folder / 'words.json'))
+    make = functools.partial(
+      pipeline.tokenizer, cfg, None, workdir=folder, bound=False
+    )
+    with self.assertRaisesRegex(ValueError, '307 ids but model.vocab=300'):
+      make(vocab=300)
+    made = make(vocab=307)
+    # Found again by a run that goes on, whether it names the file or not.
+    for named in cfg, config.DataConfig():
+      again = pipeline.tokenizer(named, None, 307, folder, bound=True)
+      self.assertEqual(again.fingerprint(), made.fingerprint())
 
 
 if __name__ == '__main__':

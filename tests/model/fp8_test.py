@@ -5,6 +5,7 @@ import dataclasses
 import chex
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
@@ -94,6 +95,7 @@ class Fp8Test(parameterized.TestCase):
       )(held, self.tokens_BT)
     np.testing.assert_allclose(found, wanted, **CLOSE)
 
+  @pytest.mark.heavy
   def test_the_engine_holds_what_it_is_given(self):
     """It samples what an engine of the restored weights samples."""
     sizes = config.EngineConfig(slots=2, length=64, chunk=4)

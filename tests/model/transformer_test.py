@@ -299,9 +299,16 @@ class MeshTest(parameterized.TestCase):
     ):
       tiny.logits(TINY, values, np.zeros((1, 4), np.int32))
 
-  def test_tokens_that_are_no_ids_are_refused(self):
-    with self.assertRaisesRegex(ValueError, 'tokens are float32'):
-      transformer.logits(TINY, None, np.ones((1, 4), np.float32))
+  @parameterized.parameters(
+    (np.ones((1, 4), np.float32), None, 'tokens are float32'),
+    (np.ones(4, np.int32), None, r'tokens are \(4,\): \[B, T\]'),
+    ([[1, -1]], None, 'tokens are -1 to 1'),
+    ([[1, 2**40]], None, f'tokens are 1 to {2**40}: 0 to {TINY.vocab - 1}'),
+    ([[1, 2]], np.ones((1, 2)), 'positions are float64'),
+  )
+  def test_tokens_that_are_no_ids_are_refused(self, tokens, positions, named):
+    with self.assertRaisesRegex(ValueError, named):
+      transformer.logits(TINY, None, tokens, positions)
 
   @parameterized.parameters(
     {'rotary_dim': 3},
