@@ -18,7 +18,7 @@ from m2.config.acting import (
   StagesConfig,
   TasksConfig,
 )
-from m2.config.base import Settings, check
+from m2.config.base import Settings, check, replace
 from m2.config.run import MODES, RunConfig, to_config, unread
 from m2.config.training import (
   CheckpointConfig,
@@ -54,6 +54,7 @@ __all__ = [
   'StagesConfig',
   'TasksConfig',
   'check',
+  'replace',
   'to_config',
   'unread',
 ]

@@ -90,6 +90,7 @@ class ForgeConfig(base.Settings):
   in_flight: int = 32  # prompt groups running at once (N)
   window: float = 0.3  # share of in_flight that may be taken out of order
   runner: str = 'asyncio'  # asyncio | ray: agents here, or on Ray's hosts
+  episode_seconds: float = 3600.0  # of rollout, after which one is given up
   clip_high: float = 5.0  # CISPO: ratio is clipped to [0, 1 + clip_high]
   baseline: str = 'group'  # group | leave_one_out
   merge: bool = True  # prefix trees; False trains separate rows
@@ -106,7 +107,7 @@ class ForgeConfig(base.Settings):
   def _check(self) -> None:
     base.positive(self, 'groups group_size in_flight window row_tokens')
     base.positive(self, 'lines chunk')
-    base.positive(self, 'clip_high target_seconds')
+    base.positive(self, 'clip_high target_seconds episode_seconds')
     base.require(
       self.bad_batches >= 0,
       f'forge.bad_batches={self.bad_batches} must not be negative',

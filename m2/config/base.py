@@ -1,7 +1,9 @@
 """What every section of settings is: frozen, hashable, and read by somebody."""
 
+import contextlib
 import dataclasses
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -43,9 +45,21 @@ def check(settings: Settings) -> None:
   Raises:
     ValueError: a value that makes no sense; names it.
   """
+  with _unnoticed():
+    settings._check()
+
+
+def replace[S: Settings](settings: S, **changes: Any) -> S:
+  """`dataclasses.replace` of settings; copying is not using."""
+  with _unnoticed():
+    return dataclasses.replace(settings, **changes)
+
+
+@contextlib.contextmanager
+def _unnoticed() -> Iterator[None]:
   before = frozenset(Settings.READS)
   try:
-    settings._check()
+    yield
   finally:
     Settings.READS.intersection_update(before)
 

@@ -292,10 +292,10 @@ class Engine:
       progress.finish(types.StopReason.CANCELLED, self.version)
     gone = [slot for slot, p in self._live.items() if is_gone(p)]
     if gone:
-      left_B = np.array(self._slots.left_B)
-      left_B[gone] = 0
-      where = self._slots.left_B.sharding
-      self._slots = self._slots.replace(left_B=jax.device_put(left_B, where))
+      # Not put there by `device_put`: what is committed is compiled for anew.
+      kept_B = np.ones(self._slots.left_B.shape, np.int32)
+      kept_B[gone] = 0
+      self._slots = self._slots.replace(left_B=self._slots.left_B * kept_B)
     for slot in gone:
       self._release(slot, types.StopReason.CANCELLED)
 

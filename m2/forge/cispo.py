@@ -96,16 +96,20 @@ def mismatch(
 
   Returns:
     `mismatch/mean` and `mismatch/max` of the absolute gap, `mismatch/kl`
-    (mean of r - 1 - log r), and `mismatch/fresh`, the share of pairs compared;
-    all 0 if there is none.
+    (mean of r - 1 - log r), all NaN if no pair was compared, and
+    `mismatch/fresh`, the share of pairs compared.
   """
   real_Z = tree.weight_Z > 0
   fresh_Z = real_Z & (tree.version_Z == version)
-  count = jnp.maximum(fresh_Z.sum(), 1)
+  fresh = fresh_Z.sum()
+  count = jnp.maximum(fresh, 1)
   gap_Z = jnp.where(fresh_Z, gap_Z, 0.0)
-  return {
+  found = {
     'mismatch/mean': jnp.abs(gap_Z).sum() / count,
     'mismatch/max': jnp.abs(gap_Z).max(),
     'mismatch/kl': (jnp.expm1(jnp.minimum(gap_Z, 80.0)) - gap_Z).sum() / count,
-    'mismatch/fresh': fresh_Z.sum() / jnp.maximum(real_Z.sum(), 1),
   }
+  metrics = {
+    name: jnp.where(fresh > 0, value, jnp.nan) for name, value in found.items()
+  }
+  return metrics | {'mismatch/fresh': fresh / jnp.maximum(real_Z.sum(), 1)}

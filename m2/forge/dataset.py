@@ -119,6 +119,7 @@ class RolloutIterator(grain.DatasetIterator[Batch]):
     packed = self._pack(kept)
     packed = packed.replace(total=np.float32(total))
     report = describe(groups) | {
+      'advantage/max_abs': max(abs(row.advantage) for row in rows),
       'tree/token_ratio': flat / max(int((packed.until_BT > 0).sum()), 1),
       'tree/pad_frac': _padding(packed.until_BT),
       'tree/rows': len(kept),

@@ -1,8 +1,10 @@
 """What an RL step reports: `metrics.jsonl`, introspection, the console line.
 
-Names are grouped: `reward/`, `group/`, `rollout/` and `env/` describe episodes;
-`policy/`, `ratio/`, `mismatch/`, `moe/` and `optim/` the update; `stale/` how
-old its samples were; `tree/`, `engine/`, `gateway/` and `perf/` what it cost.
+Names are grouped: `reward/`, `advantage/`, `group/`, `rollout/` and `env/`
+describe episodes; `policy/`, `ratio/`, `mismatch/`, `moe/` and `optim/` the
+update; `stale/` how old its samples were; `tree/`, `engine/`, `gateway/` and
+`perf/` what it cost. A step whose samples are all older than its weights has
+compared none of them: `mismatch/` is null then, and `-` on the console.
 """
 
 import dataclasses
@@ -106,7 +108,7 @@ class Journal:
         'reward': row['reward/mean'],
         'passed': row['reward/passed'],
         'entropy': row['policy/entropy'],
-        'mismatch': row['mismatch/max'],
+        'mismatch': row['mismatch/max'] if row['mismatch/fresh'] else None,
         'age': row['stale/max'],
         'dropped': row['env/dropped'],
         'infra': row['env/infra'],

@@ -65,6 +65,7 @@ def run(
     m2.train.journal.TrainingError: a loss or gradient is not finite, more
       often than `forge.bad_batches`; the checkpoints are sound.
     m2.forge.rollout.RolloutError: groups end without a verdict in a row.
+    m2.forge.pool.PoolError: the pool cannot be read or written.
     m2.checkpoint.store.CheckpointError: a checkpoint cannot be read or written.
     m2.train.signals.Stopped: a signal asked for it; the last step is saved.
   """
@@ -157,6 +158,7 @@ def _rollouts(
     in_flight=forge.in_flight,
     group_size=forge.group_size,
     seed=config.seed,
+    episode_seconds=forge.episode_seconds,
   )
 
 

@@ -11,10 +11,11 @@ after the last of these; a run flushes before it saves a checkpoint, so nothing
 that a checkpoint refers to can be missing.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,21 @@ _RUNS = sa.Table(
 _ALL = (_COMPLETIONS, _REWARDS, _CLOSINGS)
 
 
+class PoolError(Exception):
+  """The database of a pool cannot be read or written."""
+
+
 def file_url(path: pathlib.Path | str) -> sa.URL:
   """The URL of a pool in a file, whose path may hold `?`, `%` and the like."""
   return sa.URL.create('sqlite', database=str(path))
 
 
 class DataPool:
-  """Append-only store of episodes, one writer; a context manager."""
+  """Append-only store of episodes, one writer; a context manager.
+
+  Whatever reads or writes, `put`, `put_reward` and `close` included, raises
+  PoolError where the database fails, as on a full disk; the writes still wait.
+  """
 
   def __init__(self, url: str | sa.URL):
     """Opens or creates the pool.
@@ -88,15 +97,16 @@ class DataPool:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != 'sqlite':
       raise ValueError(
-        f'data pool {url!r}: only sqlite:///FILE and sqlite:// are supported'
+        f'data pool {parsed}: only sqlite:///FILE and sqlite:// are supported'
       )
     memory = parsed.database in (None, '', ':memory:')
+    self._name = 'in memory' if memory else parsed.database
     self._engine = sa.create_engine(
       parsed, poolclass=sa.pool.StaticPool if memory else None
     )
     sa.event.listen(self._engine, 'connect', _configure)
-    _TABLES.create_all(self._engine)
-    with self._engine.begin() as connection:
+    with self._transaction() as connection:
+      _TABLES.create_all(connection)
       for table in (*_ALL, _RUNS):
         for action in ('UPDATE', 'DELETE'):
           connection.exec_driver_sql(
@@ -114,7 +124,7 @@ class DataPool:
 
     Ids made from it stay unique when a run is killed and goes on.
     """
-    with self._engine.begin() as connection:
+    with self._transaction() as connection:
       run = connection.execute(
         sa.select(sa.func.count()).select_from(_RUNS)
       ).scalar_one()
@@ -184,7 +194,7 @@ class DataPool:
     """
     self.flush()
     found: dict[sa.Table, dict[str, list]] = {table: {} for table in _ALL}
-    with self._engine.connect() as connection:
+    with self._transaction() as connection:
       for table in _ALL:
         for at in range(0, len(episodes), _READ):
           part = list(episodes[at : at + _READ])
@@ -196,7 +206,7 @@ class DataPool:
   def state(self) -> dict[str, int]:
     """Rows of each table."""
     self.flush()
-    with self._engine.connect() as connection:
+    with self._transaction() as connection:
       return {
         table.name: connection.execute(
           sa.select(sa.func.count()).select_from(table)
@@ -208,7 +218,7 @@ class DataPool:
     """Writes what waits, in one transaction."""
     if not any(self._pending.values()):
       return
-    with self._engine.begin() as connection:
+    with self._transaction() as connection:
       for table, rows in self._pending.items():
         if rows:
           _insert(connection, table, rows)
@@ -226,8 +236,24 @@ class DataPool:
 
   def dispose(self) -> None:
     """Flushes and closes the file."""
-    self.flush()
-    self._engine.dispose()
+    try:
+      self.flush()
+    finally:
+      self._engine.dispose()
+
+  @contextlib.contextmanager
+  def _transaction(self) -> Iterator[sa.Connection]:
+    try:
+      with self._engine.begin() as connection:
+        yield connection
+    except sa.exc.SQLAlchemyError as error:
+      # Its own text has the statement and a link as further lines.
+      text = str(getattr(error, 'orig', None) or error)
+      reason = text.partition('\n')[0]
+      raise PoolError(
+        f'data pool {self._name}: {reason}; make sure that its disk has space '
+        'and that it can be written, and run again'
+      ) from error
 
   def _add(self, table: sa.Table, row: dict[str, Any]) -> None:
     row['digest'] = _digest(row)

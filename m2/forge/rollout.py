@@ -73,6 +73,7 @@ class Rollouts:
     in_flight: int,
     group_size: int,
     seed: int,
+    episode_seconds: float | None = None,
   ):
     """Prepares; `keep_running` starts.
 
@@ -82,11 +83,14 @@ class Rollouts:
       in_flight: groups submitted and not yet freed, N.
       group_size: episodes of a group.
       seed: of the run.
+      episode_seconds: an episode that has not ended then is given up as a
+        TIMEOUT; None waits for ever. Time counts while episodes are played: see
+        `Scene`.
     """
     self.counters = Counters()
     self.window, self.pool = window, pool
     self._in_flight, self._group_size = in_flight, group_size
-    self._seed = seed
+    self._seed, self._episode_seconds = seed, episode_seconds
     self._run = pool.begin()
     self._barren = 0  # groups dropped since the last that was not
     self._changed = asyncio.Event()  # a group ended, or slots were freed
@@ -148,7 +152,18 @@ class Rollouts:
   ) -> None:
     async def play(member: int, episode: str) -> types.Reward:
       seed = types.seed(self._seed, index, member)
-      reward = _finite(await agent.play(task, episode, seed))
+      seconds = self._episode_seconds
+      try:
+        async with asyncio.timeout(seconds) as limit:
+          reward = _finite(await agent.play(task, episode, seed))
+      except TimeoutError:
+        if not limit.expired():  # the agent's own
+          raise
+        reward = _failure(
+          episode,
+          types.Outcome.TIMEOUT,
+          f'no end after forge.episode_seconds={seconds:g}',
+        )
       self.pool.put_reward(reward)
       self.pool.close(episode, group=id, task=task.id, skill=task.skill)
       return reward
@@ -191,14 +206,18 @@ def _finite(reward: types.Reward) -> types.Reward:
   scored = reward.outcome == types.Outcome.SCORE
   if not scored or all(map(math.isfinite, reward.steps)):
     return reward
-  evidence = (
-    f'episode {reward.episode}: rewards {[*map(float, reward.steps)]} are not '
-    'finite'
+  steps = [*map(float, reward.steps)]
+  return _failure(
+    reward.episode, types.Outcome.INFRA, f'rewards {steps} are not finite'
   )
-  print(f'rollout: {evidence}', file=sys.stderr)
-  return types.Reward(
-    reward.episode, types.Outcome.INFRA, (), False, evidence=evidence
-  )
+
+
+def _failure(
+  episode: str, outcome: types.Outcome, evidence: str
+) -> types.Reward:
+  """What an episode without a score is worth; says so."""
+  print(f'rollout: episode {episode}: {evidence}', file=sys.stderr)
+  return types.Reward(episode, outcome, (), False, evidence=evidence)
 
 
 class _Loop(asyncio.SelectorEventLoop):

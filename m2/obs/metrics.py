@@ -133,8 +133,8 @@ class Progress:
   """One line on how far a run is: `step 30/200  loss 3.21  12k tok/s  0:52`.
 
   On a terminal the line replaces itself; elsewhere one is printed every
-  `every` steps. The time left is from the speed since the run (re)started,
-  without its first step, which compiles.
+  `every` steps. Rate and time left are from the speed since the run
+  (re)started, without its first step and without time spent compiling.
   """
 
   def __init__(
@@ -160,26 +160,36 @@ class Progress:
     self._tokens = 0
     self._width = 0
 
-  def update(self, step: int, tokens: int, shown: Mapping[str, float]) -> None:
+  def update(
+    self,
+    step: int,
+    tokens: int,
+    shown: Mapping[str, float | None],
+    compiling: float = 0.0,
+  ) -> None:
     """Reports a finished step.
 
     Args:
       step: updates done.
       tokens: tokens it trained on, padding left out.
-      shown: numbers for the line, by name.
+      shown: numbers for the line, by name; None is shown as `-`.
+      compiling: seconds since the last call that went into compiling.
     """
     now = time.monotonic()
     if self._origin is None:
       self._origin = (step, now)
     else:
       self._tokens += tokens
+      first, start = self._origin
+      self._origin = (first, start + compiling)
     due = step % self._every == 0 or step == self._total
     if self._live or due:
       self._print(self._text(step, now, shown), last=step == self._total)
 
-  def _text(self, step: int, now: float, shown: Mapping[str, float]) -> str:
+  def _text(self, step: int, now: float, shown: Mapping) -> str:
     parts = [f'{self._label} {step}/{self._total}']
-    parts += [f'{name} {value:.4g}' for name, value in shown.items()]
+    for name, value in shown.items():
+      parts.append(f'{name} -' if value is None else f'{name} {value:.4g}')
     first, start = self._origin
     if step > first and now > start:
       parts.append(f'{count(self._tokens / (now - start))} tok/s')

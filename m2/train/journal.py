@@ -1,7 +1,11 @@
 """The host side of a step: reads its metrics one step late, writes them down.
 
 While the device works on a step, the numbers of the one before are read,
-checked and written, so that the device never waits for the host.
+checked and written, so that the device never waits for the host. Of the times,
+`seconds` is from the end of the step before to its own end, `seconds_data`
+what it took to draw and place the step's batch, mostly while the device worked
+on the step before, and `seconds_compile`, on steps that compiled, the part of
+`seconds` that `tokens_per_second` leaves out.
 """
 
 import pathlib
@@ -99,6 +103,7 @@ class Journal:
     fresh: dict[str, Any],
     batch: Mapping[str, np.ndarray],
     counts: Mapping[str, int],
+    seconds: Mapping[str, float],
     params: Any,
   ) -> None:
     """Takes the numbers of a step, and writes those of the one before.
@@ -108,6 +113,8 @@ class Journal:
       fresh: what `train_step` returned; still being computed.
       batch: what it was given, on the host.
       counts: of the data so far (`m2.data.pipeline.BatchIterator.counts`).
+      seconds: by part: `data`, and `compile` if it compiled. Call `flush`
+        before compiling: else the time counts for the step before.
       params: newest parameters, for the diagnosis of a failure.
 
     Raises:
@@ -118,6 +125,7 @@ class Journal:
       'data/truncated': counts['truncated'],
       'data/hash': zlib.crc32(batch['tokens'].tobytes()),
     }
+    host |= {f'seconds_{name}': value for name, value in seconds.items()}
     self.flush(params)
     self._pending = _Pending(step, fresh, host)
 
@@ -136,7 +144,8 @@ class Journal:
     record = values.pop('introspection', None)
     bad = values.pop('bad')
     host['seconds'] = now - before
-    host['tokens_per_second'] = float(values['tokens']) / (now - before)
+    working = host['seconds'] - host.get('seconds_compile', 0.0)
+    host['tokens_per_second'] = float(values['tokens']) / working
     share = profile.mfu(
       host['tokens_per_second'],
       self._flops,
@@ -162,7 +171,10 @@ class Journal:
       named = {name: float(values[name]) for name in _RECORDED}
       self._writer.record(step, named | introspect.flatten(record))
     self._progress.update(
-      step, int(values['tokens']), {name: values[name] for name in SHOWN}
+      step,
+      int(values['tokens']),
+      {name: values[name] for name in SHOWN},
+      compiling=values.get('seconds_compile', 0.0),
     )
 
   def _diagnosis(self, step: int, values: dict, bad, params: Any) -> str:

@@ -8,6 +8,7 @@ checkpoint or follows from the config and the number of the step.
 import functools
 import math
 import pathlib
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -164,18 +165,23 @@ def _steps(run, updates, programs, state, log):
     done = step + 1
     watch.at(done, 'data')
     log.before(step)
+    begun = time.monotonic()
     batch = next(run.batches)
     rows = pipeline.to_device(batch, mesh, config.data.batch)
+    seconds = {'data': time.monotonic() - begun}
     looks = inspects(config, step)
     if looks not in programs:
+      log.flush(state.params)  # compiling is not time of the step before
       watch.at(done, 'compile')
+      begun = time.monotonic()
       programs[looks] = updates[looks].lower(state, rows).compile()
       hosts.meet(f'compiled {done}')
+      seconds['compile'] = time.monotonic() - begun
     stop = hosts.anywhere(run.asked.raised > 0, mesh)
     watch.at(done, 'step')
     with jax.transfer_guard('disallow'):
       state, fresh = programs[looks](state, rows)
-    log.after(done, fresh, batch, run.batches.counts, state.params)
+    log.after(done, fresh, batch, run.batches.counts, seconds, state.params)
     stop = bool(stop) and done < config.steps
     if stop or done % config.checkpoint.every == 0 or done == config.steps:
       log.flush(state.params)  # a bad step must not become a checkpoint

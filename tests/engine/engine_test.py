@@ -176,6 +176,11 @@ class EngineTest(parameterized.TestCase):
         request(p, seed=i, max_new=1 + i, top_k=i % 3)
         for i, p in enumerate(rows)
       )
+    gone = engine.submit(request(prompts(1)[0], max_new=30))
+    engine.step()
+    engine.cancel(gone)
+    engine.run([request(prompts(1)[0], max_new=3)])
+    self.assertTrue(gone.done())
     self.assertEqual(engine_lib.compiled(), count)
 
   def test_weights_change_between_steps(self):

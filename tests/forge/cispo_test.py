@@ -116,8 +116,13 @@ class CispoTest(parameterized.TestCase):
     np.testing.assert_allclose(metrics['mismatch/fresh'], 0.5, atol=ATOL)
     kl = np.mean([np.expm1(0.1) - 0.1, np.expm1(-0.3) + 0.3])
     np.testing.assert_allclose(metrics['mismatch/kl'], kl, atol=ATOL)
-    for name, value in cispo.mismatch(gap_Z, trees, jnp.int32(7)).items():
-      self.assertEqual(float(value), 0, name)
+
+  def test_mismatch_of_stale_pairs_alone_is_no_number(self):
+    trees = batch(self.LOGP, (1, 1, 1, 1), self.A, pads=2)
+    metrics = cispo.mismatch(jnp.ones(6), trees, jnp.int32(7))
+    self.assertEqual(float(metrics.pop('mismatch/fresh')), 0)
+    for name, value in metrics.items():
+      self.assertTrue(np.isnan(value), name)
 
 
 if __name__ == '__main__':

@@ -82,6 +82,7 @@ class DatasetTest(absltest.TestCase):
     self.assertEqual(batch.report['group/zero_variance_frac'], 0.5)
     self.assertEqual(batch.report['reward/mean'], 0.75)
     self.assertEqual(batch.report['reward/passed'], 0.75)
+    self.assertEqual(batch.report['advantage/max_abs'], 0.5)
 
   def test_a_batch_without_any_advantage_still_is_one(self):
     batch = next(
@@ -89,6 +90,7 @@ class DatasetTest(absltest.TestCase):
     )
     self.assertEqual(int((batch.tree.weight_Z > 0).sum()), 6)
     self.assertFalse(batch.tree.advantage_Z.any())
+    self.assertEqual(batch.report['advantage/max_abs'], 0)
 
   def test_equal_returns_are_equal_though_their_mean_is_rounded(self):
     group = [episode(f'g0/{member}', [-0.1]) for member in range(7)]

@@ -1,6 +1,7 @@
 """The data pool: exact, append-only, idempotent, quick."""
 
 import dataclasses
+import re
 import sqlite3
 import time
 
@@ -54,6 +55,11 @@ class PoolTest(absltest.TestCase):
   def reopen(self):
     self.pool.dispose()
     self.pool = pool.DataPool(pool.file_url(self.path))
+
+  def limit(self, pages):
+    """How large the file may become; SQLite calls it a full disk."""
+    with self.pool._transaction() as connection:
+      connection.exec_driver_sql(f'PRAGMA max_page_count={pages}')
 
   def test_reads_back_exactly_what_was_put(self):
     put = [completion(step=1), completion(step=0, experts=True)]
@@ -150,8 +156,28 @@ class PoolTest(absltest.TestCase):
     self.assertEqual([self.pool.begin(), self.pool.begin()], [1, 2])
 
   def test_only_sqlite(self):
-    with self.assertRaisesRegex(ValueError, 'only sqlite'):
-      pool.DataPool('postgresql://localhost/x')
+    refused = r'postgresql://me:\*+@localhost/x: only sqlite'
+    with self.assertRaisesRegex(ValueError, refused):
+      pool.DataPool('postgresql://me:secret@localhost/x')
+
+  def test_a_full_disk_is_an_error_of_one_line_that_names_the_pool(self):
+    self.limit(pages=32)
+    with self.assertRaises(pool.PoolError) as caught:
+      for step in range(10 * pool.BATCH):
+        self.pool.put(completion(step=step))
+    self.assertRegex(
+      str(caught.exception),
+      f'^data pool {re.escape(self.path)}: database or disk is full; .*space.*'
+      'run again$',
+    )
+    self.limit(pages=10**6)
+    # Nothing that was put is lost once there is space.
+    self.assertEqual(self.pool.state()['completions'], step + 1)
+
+  def test_a_file_that_is_no_pool_is_named(self):
+    path = self.create_tempfile('other.db', 'no database' * 100).full_path
+    with self.assertRaisesRegex(pool.PoolError, 'other.db: file is not a data'):
+      pool.DataPool(pool.file_url(path))
 
   def test_thousands_of_completions_a_second(self):
     start = time.process_time()

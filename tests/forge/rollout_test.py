@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import time
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest
@@ -123,11 +124,39 @@ class RolloutTest(absltest.TestCase):
     with contextlib.redirect_stderr(io.StringIO()) as said:
       self.assertEqual(self.scene.until(rollouts.take(1)), ['g0.0'])
     self.assertEqual(rollouts.counters.infra, 1)
-    evidence = 'episode g0.0/1: rewards [nan] are not finite'
-    self.assertEqual(said.getvalue(), f'rollout: {evidence}\n')
+    evidence = 'rewards [nan] are not finite'
+    said = said.getvalue()
+    self.assertEqual(said, f'rollout: episode g0.0/1: {evidence}\n')
     rewards = [e.reward for e in self.pool.read(rollout.episodes('g0.0', 3))]
     self.assertEqual([r.outcome for r in rewards], ['score', 'infra', 'score'])
     self.assertEqual(rewards[1].evidence, evidence)
+
+  def test_an_episode_without_end_is_given_up(self):
+    rollouts = self.make(episode_seconds=0.05)
+    agent, play = Agent(self.pool), Agent.play
+
+    async def stuck(task, episode, seed):
+      if episode == 'g0.0/1':
+        await asyncio.Event().wait()
+      return await play(agent, task, episode, seed)
+
+    agent.play = stuck
+    self.scene.start(rollouts.keep_running(agent, Tasks()))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+      taken = self.scene.until(rollouts.take(4))
+    self.assertIn('g0.0', taken)
+    self.assertIn('g0.0/1: no end after forge.episode_sec', said.getvalue())
+    self.assertEqual(rollouts.counters.timeout, 1)
+    rewards = [e.reward for e in self.pool.read(rollout.episodes('g0.0', 3))]
+    outcomes = [r.outcome for r in rewards]
+    self.assertEqual(outcomes, ['score', 'timeout', 'score'])
+
+  def test_an_agents_own_timeout_is_raised(self):
+    rollouts, agent = self.make(episode_seconds=60), Agent(self.pool)
+    agent.play = mock.AsyncMock(side_effect=TimeoutError('no answer'))
+    self.scene.start(rollouts.keep_running(agent, Tasks()))
+    with self.assertRaisesRegex(TimeoutError, 'no answer'):
+      self.scene.until(rollouts.take(1))
 
   def test_failures_between_others_do_not_end_the_run(self):
     rollouts = self.make()

@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from m2 import config
@@ -148,11 +149,14 @@ class StepTest(parameterized.TestCase):
       functools.partial(step_lib.gradients, model=forest.MODEL, cfg=cfg)
     )(self.params, batch), batch
 
-  @parameterized.parameters(False, True)
-  def test_microbatches_add_up(self, replay):
-    rows = forest.rollouts(3)
-    if replay:
-      rows = forest.with_routes(rows)
+  def test_microbatches_add_up(self):
+    self.add_up(forest.rollouts(3))
+
+  @pytest.mark.heavy
+  def test_microbatches_with_routes_add_up(self):
+    self.add_up(forest.with_routes(forest.rollouts(3)))
+
+  def add_up(self, rows):
     cfg = forest.run_config(lines=2)
     (grads, logp_BT, _, load_LE), batch = self.gradients(rows, cfg)
     (_, metrics), want = self.grad(self.params, batch)

@@ -131,6 +131,14 @@ class DashboardTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'results.json'):
       dashboard.build(self.workdir)
 
+  def test_steps_that_compared_nothing_have_no_point(self):
+    sample.write(self.workdir)
+    charts = dashboard.collect(self.workdir).charts
+    chart = next(c for c in charts if c.title == 'Rollout against trainer: rl')
+    for series in chart.data['series']:
+      steps = [step for step, _ in series['points']]
+      self.assertEqual(steps, [step for step in range(40) if step % 3])
+
   def test_arms_of_a_comparison_share_a_chart(self):
     sample.write(self.workdir)
     charts = dashboard.collect(self.workdir).charts

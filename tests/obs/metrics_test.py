@@ -104,6 +104,22 @@ class ProgressTest(parameterized.TestCase):
     self.assertEqual(lines[0], 'step 5/20  loss 1.235  500 tok/s  0:15 left')
     self.assertEqual(lines[-1], 'step 20/20  loss 1.235  500 tok/s  0:00 left')
 
+  def test_compiling_counts_for_neither_speed_nor_time_left(self):
+    stream, now = io.StringIO(), iter((100, 102, 164))
+    progress = metrics.Progress(5, every=1, stream=stream)
+    with absltest.mock.patch.object(
+      metrics.time, 'monotonic', lambda: next(now)
+    ):
+      progress.update(1, 500, {}, compiling=30.0)
+      progress.update(2, 500, {})
+      progress.update(3, 500, {'gap': None}, compiling=60.0)
+    want = [  # two seconds a step, and a minute of compiling
+      'step 1/5',
+      'step 2/5  250 tok/s  0:06 left',
+      'step 3/5  gap -  250 tok/s  0:04 left',
+    ]
+    self.assertEqual(stream.getvalue().splitlines(), want)
+
   def test_one_line_on_a_terminal(self):
     text = self.run_steps(Terminal())
     self.assertEqual(text.count('\n'), 1)

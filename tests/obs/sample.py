@@ -121,8 +121,9 @@ def write(workdir: pathlib.Path) -> None:
       'reward/mean': 0.4 + i / 150 + 0.05 * draw.random(),
       'reward/passed': 0.4 + i / 200,
       'policy/entropy': 0.9 - i / 100,
-      'mismatch/max': 10 ** (-5 + draw.random()),
-      'mismatch/mean': 10 ** (-6.5 + draw.random() / 2),
+      # Null: no sample of the step was of its own weights.
+      'mismatch/max': 10 ** (-5 + draw.random()) if i % 3 else None,
+      'mismatch/mean': 10 ** (-6.5 + draw.random() / 2) if i % 3 else None,
       'ratio/p05': 0.8,
       'ratio/p50': 1.0,
       'ratio/p95': 1.3 + 0.1 * draw.random(),

@@ -83,6 +83,23 @@ def content(batch) -> int:
   return zlib.crc32(batch['tokens'].tobytes())
 
 
+def start(workdir: pathlib.Path) -> subprocess.Popen:
+  """The run of `run_loop(workdir)` in a process of its own."""
+  command = [sys.executable, '-m', 'tests.train.worker', str(workdir)]
+  command += ARGUMENTS
+  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def kill_when(workdir: pathlib.Path, moment) -> None:
+  """`kill -9` of a run at the first look at which `moment()` holds."""
+  process = start(workdir)
+  while process.poll() is None and not moment():
+    time.sleep(0.0005)
+  assert process.poll() is None, 'the run ended before it was killed'
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+
+
 class LoopTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -104,12 +121,44 @@ class LoopTest(parameterized.TestCase):
     self.assertEqual([row['step'] for row in looked], [15, 30, STEPS])
     self.assertEqual(looked[0]['loss'], values[14])
     self.assertEqual(checkpoints(self.first), ['36', '40'])
+    rows = lines(self.first)
+    compiled = [row for row in rows if 'seconds_compile' in row]
+    self.assertEqual([row['step'] for row in compiled], [1, 15])
+    for row in rows:
+      self.assertGreater(row['seconds_data'], 0)
+      working = row['seconds'] - row.get('seconds_compile', 0)
+      self.assertGreater(working, 0)
+      self.assertAlmostEqual(row['tokens_per_second'] * working, row['tokens'])
 
   def test_a_finished_run_returns_at_once(self):
     before = (self.first / 'metrics.jsonl').read_bytes()
     again = jax.device_get(run_loop(self.first))
     jax.tree.map(np.testing.assert_array_equal, self.state, again)
     self.assertEqual((self.first / 'metrics.jsonl').read_bytes(), before)
+
+  def test_a_killed_run_ends_as_if_it_had_not_been(self):
+    torn = self.workdir()
+
+    def steps_done() -> int:
+      path = torn / 'metrics.jsonl'
+      return path.read_bytes().count(b'\n') if path.exists() else 0
+
+    def saving() -> bool:
+      names = os.listdir(torn / 'checkpoints')
+      return steps_done() > 14 and any('tmp' in name for name in names)
+
+    kill_when(torn, lambda: steps_done() >= 10)  # amid the steps
+    kill_when(torn, saving)  # amid a save
+    self.assertEqual(start(torn).wait(), 0)
+    self.assertEqual(losses(self.first), losses(torn))
+    for row, other in zip(
+      lines(self.first, 'introspection'),
+      lines(torn, 'introspection'),
+      strict=True,
+    ):
+      self.assertEqual(row, other)
+    after = store.load_params(torn, worker.MODEL)
+    jax.tree.map(np.testing.assert_array_equal, self.state.params, after)
 
   def test_another_run_in_the_workdir_is_refused(self):
     with self.assertRaisesRegex(ValueError, 'seed was 0, is 1.*workdir'):
@@ -279,56 +328,6 @@ class GuardTest(parameterized.TestCase):
       with self.assertRaises(journal.TrainingError) as caught:
         run_loop(self.workdir, 'guard.policy=rewind')
     self.assertIn('no checkpoint yet', ' '.join(caught.exception.__notes__))
-
-
-class KillTest(parameterized.TestCase):
-  """`kill -9` of real processes; the restarted run must not show it."""
-
-  def start(self, workdir: pathlib.Path) -> subprocess.Popen:
-    command = [sys.executable, '-m', 'tests.train.worker', str(workdir)]
-    command += ARGUMENTS
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-  def finish(self, workdir: pathlib.Path) -> None:
-    self.assertEqual(self.start(workdir).wait(), 0)
-
-  def kill_when(self, workdir: pathlib.Path, moment) -> None:
-    """Kills a run at the first look at which `moment()` holds."""
-    process = self.start(workdir)
-    while process.poll() is None and not moment():
-      time.sleep(0.0005)
-    self.assertIsNone(process.poll(), 'the run ended before it was killed')
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-  def test_killed_runs_end_as_if_they_had_not_been(self):
-    folder = pathlib.Path(self.create_tempdir().full_path)
-    whole, torn = folder / 'whole', folder / 'torn'
-    whole.mkdir()
-    torn.mkdir()
-    self.finish(whole)
-
-    def steps_done() -> int:
-      path = torn / 'metrics.jsonl'
-      return path.read_bytes().count(b'\n') if path.exists() else 0
-
-    def saving() -> bool:
-      names = os.listdir(torn / 'checkpoints')
-      return steps_done() > 14 and any('tmp' in name for name in names)
-
-    self.kill_when(torn, lambda: steps_done() >= 10)  # amid the steps
-    self.kill_when(torn, saving)  # amid a save
-    self.finish(torn)
-    self.assertEqual(losses(whole), losses(torn))
-    self.assertLen(losses(torn), STEPS)
-    for row, other in zip(
-      lines(whole, 'introspection'), lines(torn, 'introspection'), strict=True
-    ):
-      self.assertEqual(row, other)
-    first, second = (
-      store.load_params(path, worker.MODEL) for path in (whole, torn)
-    )
-    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 if __name__ == '__main__':
