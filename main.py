@@ -1,6 +1,7 @@
 """Runs one config: `python main.py --config=configs/m2.py:tiny`.
 
-Results go to `--workdir`, with a `config.json` that `configs/rerun.py` repeats.
+Results go to `--workdir`, with a `config.json` that `configs/rerun.py` repeats;
+`unread.json` lists the settings that no code read, once the run has ended.
 Settings that make no sense stop here in one line, before anything is compiled.
 Compiled programs are kept for later runs; `JAX_COMPILATION_CACHE_DIR= python
 main.py ...` goes without.
@@ -9,14 +10,21 @@ main.py ...` goes without.
 import contextlib
 import fcntl
 import importlib
+import json
 import os
 import pathlib
 import re
 import sys
 import traceback
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+try:
+  from absl import app, flags, logging
+  from ml_collections import config_flags
+except ImportError as error:
+  sys.exit(
+    f'error: {error}: `bash launch/env.sh` makes the environment, and '
+    '`source .venv/bin/activate` enters it'
+  )
 
 from configs import common
 from m2 import config as settings
@@ -78,6 +86,8 @@ def main(_) -> None:
       undo.callback(restore, kept, before, recorded)
       run(config, workdir)
       undo.pop_all()
+  except KeyboardInterrupt:  # training takes it itself: m2/train/signals.py
+    stop('interrupted; the same command goes on', 130)
   except Exception as error:
     details = workdir / (f'error-{rank}.txt' if rank else 'error.txt')
     ours = type(error).__module__.startswith('m2.')
@@ -92,9 +102,12 @@ def main(_) -> None:
     where = ''.join(f'{note}; ' for note in notes if '\n' not in note)
     code = 2 if refused else 1
     stop(f'{error} ({where}details: {details})', code)
-  unread = [path for path in settings.unread(config) if given(path)]
-  if rank == 0 and unread:
-    print(f'no code read these settings: {", ".join(unread)}', file=sys.stderr)
+  if rank == 0:
+    unread = settings.unread(config)
+    with contextlib.suppress(OSError):
+      keep(workdir / 'unread.json', json.dumps(unread).encode())
+    if named := [path for path in unread if given(path)]:
+      print(f'no code read these settings: {", ".join(named)}', file=sys.stderr)
 
 
 def join(mode: str) -> int:

@@ -13,6 +13,28 @@ from collections.abc import Mapping, Sequence
 
 import ml_collections
 
+# Every skill of the SQL tasks that is not held out, alike: `tasks.skills` where
+# each is to be a setting of its own. An empty one means the same.
+CURRICULUM = tuple(
+  (skill, 1.0)
+  for skill in (
+    'add_col',
+    'add_col_default_notnull',
+    'rename_col',
+    'rename_table',
+    'drop_col',
+    'create_index',
+    'drop_index',
+    'backfill_expr',
+    'retype_rebuild',
+    'split_table',
+    'merge_tables',
+    'add_fk_rebuild',
+    'unique_dedup',
+    'two_step',
+  )
+)
+
 
 def parse_arg(
   arg: str, words: Sequence[str] = ()

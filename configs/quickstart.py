@@ -22,23 +22,6 @@ import ml_collections
 from configs import common
 from m2 import config as settings
 
-# The curriculum: every skill of the family that is not held out, alike.
-SKILLS = (
-  'add_col',
-  'add_col_default_notnull',
-  'rename_col',
-  'rename_table',
-  'drop_col',
-  'create_index',
-  'drop_index',
-  'backfill_expr',
-  'retype_rebuild',
-  'split_table',
-  'merge_tables',
-  'add_fk_rebuild',
-  'unique_dedup',
-  'two_step',
-)
 # Tokens of a training row, an episode, a cache slot and a line of RL rows: all
 # demonstrations fit, with a mistake and its correction, too.
 LENGTH = 256
@@ -65,7 +48,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       log=settings.LogConfig(introspect=50),
       guard=settings.GuardConfig(),
       tasks=settings.TasksConfig(
-        skills=tuple((skill, 1.0) for skill in SKILLS),
+        skills=common.CURRICULUM,
         difficulty_max=0,
         retry_demos=0.1,
       ),

@@ -7,7 +7,8 @@
 plays 16 SQL tasks eight times a step and trains on what the statements did to
 hidden databases; `reward` and `passed` of the progress line rise over a hundred
 steps. `mismatch` stays below 1e-4 on CPU: the engine and the trainer agree.
-Twice as many groups are in flight as a step trains on, so `age` is 1 or 2;
+Twice as many groups are in flight as a step trains on, so `age` is 0 and 1 in
+turn, and `mismatch` is `-` where no sample is of the step's own weights;
 --config.forge.in_flight=16 is on-policy. Words are those of configs/m2.py.
 """
 
@@ -28,7 +29,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.optim.update(lr=1e-6, warmup=10, weight_decay=0.0, bias_rate=0.0)
   config.checkpoint.every = 20
   sections = {
-    'tasks': settings.TasksConfig(),
+    'tasks': settings.TasksConfig(skills=common.CURRICULUM),
     'prompt': settings.PromptConfig(),
     'agent': settings.AgentConfig(),
     'engine': settings.EngineConfig(slots=512, length=16_384),

@@ -32,6 +32,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.steps = 300
     config.optim.lr = 3e-3
     config.optim.warmup = 20
-  config.tasks = settings.to_config(settings.TasksConfig())
+  config.tasks = settings.to_config(
+    settings.TasksConfig(skills=common.CURRICULUM)
+  )
   config.prompt = settings.to_config(settings.PromptConfig())
   return common.set_leaves(config, leaves)

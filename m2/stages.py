@@ -24,7 +24,7 @@ Run again after a kill, finished stages are not repeated. `results.json`:
         # skills: {skill: {n, successes, rate, interval, masked}}; held_out,
         # alike: skills that nothing was trained on, counted nowhere else
     differences: [{after, before, skill, n, clusters, mean, interval, p}]
-        # paired by task on TEST; skill null = all; 95% cluster bootstrap
+        # paired by task on TEST; skill null = all; 95% over clusters
     evolve: {verdict, reasons, adopted, skill, why, hypothesis, alternative,
              confidence, evidence: [{source, text, ids}],
              edits: [{path, old, new}], predicted, gain, over_control, others,
@@ -35,7 +35,6 @@ Run again after a kill, finished stages are not repeated. `results.json`:
     notes: [sentence]     what these numbers do and do not show
 """
 
-import dataclasses
 import json
 import pathlib
 import time
@@ -109,8 +108,8 @@ def train_rl(
   later = shortened(config, config.stages.rl_steps, config.stages.rl_lr)
   # Rewards alone move the policy: routing that shifts by itself, and decay,
   # would undo in a few dozen steps what SFT has learned.
-  optim = dataclasses.replace(later.optim, bias_rate=0.0, weight_decay=0.0)
-  stage = trial.child(dataclasses.replace(later, optim=optim), 'rl')
+  optim = m2_config.replace(later.optim, bias_rate=0.0, weight_decay=0.0)
+  stage = trial.child(m2_config.replace(later, optim=optim), 'rl')
   stage.checkpoint.init_from = str(folders['sft'])
   trial.run_main(stage, folders['rl'], label='rl', main=main)
 
@@ -120,8 +119,8 @@ def evolve_config(
 ) -> m2_config.RunConfig:
   """The settings of the evolve round that starts from `base`."""
   later = shortened(config, config.stages.evolve_steps, config.stages.evolve_lr)
-  checkpoint = dataclasses.replace(config.checkpoint, init_from=str(base))
-  return dataclasses.replace(
+  checkpoint = m2_config.replace(config.checkpoint, init_from=str(base))
+  return m2_config.replace(
     later, mode='evolve', checkpoint=checkpoint, forge=None, stages=None
   )
 
@@ -131,8 +130,8 @@ def shortened(
 ) -> m2_config.RunConfig:
   """A later stage: its own steps and peak, a tenth at most to warm up."""
   warmup = min(config.optim.warmup, steps // 10)
-  optim = dataclasses.replace(config.optim, lr=lr, warmup=warmup)
-  return dataclasses.replace(config, steps=steps, optim=optim)
+  optim = m2_config.replace(config.optim, lr=lr, warmup=warmup)
+  return m2_config.replace(config, steps=steps, optim=optim)
 
 
 def test(

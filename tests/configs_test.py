@@ -4,8 +4,9 @@ import json
 
 from absl.testing import absltest, parameterized
 
-from configs import common, m2, rerun, sft
+from configs import common, eval, m2, quickstart, rerun, rl, sft
 from m2 import config as settings
+from m2.envs import tasks
 from m2.model import params
 
 
@@ -94,6 +95,22 @@ class VariantTest(parameterized.TestCase):
     self.assertEqual(tiny.model.to_dict(), tuned.model.to_dict())
     self.assertEqual(tuned.data.source, 'tasks')
     self.assertEqual(sft.get_config('tiny,steps=5').steps, 5)
+
+  @parameterized.parameters(sft, rl, eval, quickstart)
+  def test_every_skill_is_a_setting(self, file):
+    config = file.get_config('tasks.skills.drop_col=2.5')
+    self.assertEqual(config.tasks.skills.drop_col, 2.5)
+    self.assertEqual(config.tasks.skills.add_col, 1.0)
+    with self.assertRaisesRegex(ValueError, 'not a setting'):
+      file.get_config('tasks.skills.fly=1')
+    # As they are, they say what no list of skills says.
+    run = settings.RunConfig.from_config(file.get_config())
+    listed = tasks.Stream(run.tasks, 'train', 0)
+    empty = tasks.Stream(settings.TasksConfig(), 'train', 0)
+    self.assertEqual(
+      dict(zip(listed.skills, listed.weights)),
+      dict(zip(empty.skills, empty.weights)),
+    )
 
   def test_rerun_gives_what_was_saved(self):
     config = sft.get_config('e64,tiny')

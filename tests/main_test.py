@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import unittest.mock
@@ -184,7 +183,7 @@ class MainTest(parameterized.TestCase):
     (True, 7, 'ValueError', 2),
     (False, 1, 'ValueError', 2),
     (False, 1, 'OSError', 1),
-    (False, 1, 'KeyboardInterrupt', -signal.SIGINT),
+    (False, 1, 'KeyboardInterrupt', 130),
   )
   def test_one_that_ends_under_way_keeps_its_own(
     self, recorded, seed, kind, code
@@ -200,10 +199,21 @@ class MainTest(parameterized.TestCase):
       f'raise {kind}("row 3 is broken")',
     )
     self.assertEqual(run.returncode, code, run.stderr)
-    if kind != 'KeyboardInterrupt':
-      self.assertIn('row 3 is broken', run.stderr)
+    said = 'interrupted' if code == 130 else 'row 3 is broken'
+    self.assertIn(said, run.stderr)
+    self.assertLen(run.stderr.splitlines(), 1)
     kept = json.loads((workdir / 'config.json').read_text())
     self.assertEqual(kept['seed'], seed)
+
+  def test_outside_its_environment_it_says_how_to_enter_it(self):
+    run = subprocess.run(
+      [sys.executable, '-S', 'main.py', '--config=configs/m2.py:tiny'],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual(run.returncode, 1)
+    self.assertRegex(run.stderr, r'\Aerror: .*absl.*\.venv/bin/activate`.*\n\Z')
 
   @parameterized.parameters(
     ('gs://bucket/run', 2, 'mount the bucket'),

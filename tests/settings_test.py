@@ -173,6 +173,15 @@ class RefusalTest(parameterized.TestCase):
       'have no gradient',
     )
 
+  @parameterized.parameters(
+    ('add_col=-1', 'tasks.skills.add_col=-1.0 must be >= 0'),
+    ('fly=1', '--config.tasks.skills.fly=1: no such setting'),
+  )
+  def test_the_weight_of_a_skill(self, given, named):
+    self.refuse(
+      ['--config=configs/sft.py:tiny', f'--config.tasks.skills.{given}'], named
+    )
+
   def test_no_config_at_all(self):
     self.refuse([], '--config')
 

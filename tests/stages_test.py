@@ -144,6 +144,15 @@ class StagesTest(parameterized.TestCase):
     self.assertEqual({**on_disk, 'printed': found['printed']}, _json(found))
     self.assertTrue((self.root / 'report.html').exists())
 
+  def test_a_setting_is_read_where_a_stage_reads_it(self):
+    demos = ['tasks.retry_demos']
+    unread = {'sft': ['data.path'], 'rl': demos, 'eval': demos}
+    for _ in range(2):  # the second time, all stages were done before
+      frozen = m2_config.RunConfig.from_config(m2_config.to_config(small()))
+      with mock.patch.dict(fake_main.UNREAD, unread):
+        run_here(frozen, self.root)
+      self.assertEqual(m2_config.unread(frozen), ['data.path'])
+
   def test_both_arms_cost_the_same_and_differ_in_the_mixture_alone(self):
     run_here(config(), self.root)
     targeted, control = (

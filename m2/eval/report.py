@@ -11,7 +11,7 @@ def table(report: run.EvalReport) -> str:
     if not part.n:
       lines.append(f'{name:<26}{"0 / 0":>12}{"-":>8}   -')
       continue
-    low, high = run.wilson(part.successes, part.n)
+    low, high = run.interval(part)
     count = f'{part.successes} / {part.n}'
     rate = f'{part.successes / part.n:.1%}'
     lines.append(f'{name:<26}{count:>12}{rate:>8}   [{low:.1%}, {high:.1%}]')

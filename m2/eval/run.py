@@ -19,6 +19,7 @@ from m2 import types
 
 Z95 = 1.959963984540054
 DRAWS = 10_000  # bootstrap resamples
+FEW = 15  # clusters; below, a bootstrap of them covers less than it says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Paired:
   Attributes:
     n: pairs judged on both sides.
     mean: mean difference of success.
-    interval: bootstrap interval, resampling whole clusters.
+    interval: of the mean, over clusters; see `paired`.
     by_cluster: signature -> summed difference.
   """
 
@@ -184,8 +185,67 @@ def _keep_examples(rows: Sequence[Row]) -> list[Row]:
   return kept
 
 
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
-  """Wilson's score interval of a rate; (0, 1) where n is 0."""
+def interval(report: EvalReport) -> tuple[float, float]:
+  """95% interval of a report's rate of success; (0, 1) where n is 0.
+
+  With one judged trial a task it is Wilson's. With more, the trials of a task
+  are not independent: it is Wilson's with n over the design effect,
+  1 + (trials - 1) * ICC, and Student's quantile of tasks - 1 degrees of freedom
+  for the normal one. ICC, the correlation of two trials of a task, is the
+  analysis of variance's, clipped to [0, 1], and 1 where nothing shows it: for
+  one task, or where all trials agree. Tasks count as independent.
+  """
+  trials: dict[str, int] = collections.Counter()
+  passed: dict[str, int] = collections.Counter()
+  for row in report.rows:
+    if row.judged:
+      trials[row.task] += 1
+      passed[row.task] += row.passed
+  n, tasks, successes = report.n, len(trials), report.successes
+  if n == tasks:
+    return wilson(successes, n)
+  if tasks == 1:
+    return wilson(successes / n, 1)
+  size_T = np.array([trials[name] for name in trials])
+  rate_T = np.array([passed[name] for name in trials]) / size_T
+  between = size_T @ (rate_T - successes / n) ** 2 / (tasks - 1)
+  within = size_T @ (rate_T * (1 - rate_T)) / (n - tasks)
+  usual = (n - size_T @ size_T / n) / (tasks - 1)  # trials a task
+  spread = between + (usual - 1) * within
+  icc = np.clip((between - within) / spread, 0, 1) if spread else 1.0
+  effect = 1 + (size_T @ size_T / n - 1) * icc
+  z = student(0.95, tasks - 1)
+  low, high = wilson(successes / effect, n / effect, z)
+  return float(low), float(high)
+
+
+def student(confidence: float, freedom: int) -> float:
+  """The t that Student's distribution exceeds either way at 1 - confidence."""
+  low, high = (
+    0.0,
+    math.pi / 2,
+  )  # of the angle whose tangent is t / sqrt(freedom)
+  for _ in range(60):
+    middle = (low + high) / 2
+    # Abramowitz and Stegun, 26.7.3 and 26.7.4: P(|T| < t).
+    odd, cosine = freedom % 2, math.cos(middle)
+    term = cosine if odd else 1.0
+    inside = term if freedom > 1 else 0.0
+    for k in range(2 + odd, freedom - 1, 2):
+      term *= cosine * cosine * (k - 1) / k
+      inside += term
+    inside *= math.sin(middle)
+    if odd:
+      inside = (middle + inside) * 2 / math.pi
+    low, high = (middle, high) if inside < confidence else (low, middle)
+  return math.tan(low) * math.sqrt(freedom)
+
+
+def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
+  """Wilson's score interval of a rate; (0, 1) where n is 0.
+
+  It takes n trials as independent; `interval` is for a report.
+  """
   if not n:
     return 0.0, 1.0
   rate, scale = successes / n, 1 + z * z / n
@@ -203,8 +263,10 @@ def paired(
 ) -> Paired:
   """Compares two evaluations of the same tasks, pair by pair.
 
-  Clusters (signatures) are resampled whole, since tasks that share one are
-  not independent (arXiv 2411.00640, section 3).
+  The interval is a percentile bootstrap of whole clusters (signatures), since
+  tasks that share one are not independent (arXiv 2411.00640, section 3). Below
+  `FEW` clusters that would be too narrow: there it is Student's, of the
+  jackknife over clusters, within [-1, 1].
 
   Where no pair was judged on both sides nothing is known: mean 0 in (-1, 1).
   One cluster says nothing of the others: (-1, 1), too. Clusters that all agree
@@ -237,12 +299,21 @@ def paired(
   elif not np.ptp(total_C / size_C):
     missed = min(1.0, -math.log(tail) / len(names))
     low, high = mean - missed * (1 + mean), mean + missed * (1 - mean)
+  elif len(names) < FEW:
+    half = student(confidence, len(names) - 1) * _jackknife(total_C, size_C)
+    low, high = max(mean - half, -1.0), min(mean + half, 1.0)
   return Paired(
     n=len(keys),
     mean=mean,
     interval=(float(low), float(high)),
     by_cluster=dict(sums),
   )
+
+
+def _jackknife(total_C: np.ndarray, size_C: np.ndarray) -> float:
+  """Standard error of sum(total) / sum(size), leaving out one cluster each."""
+  mean_C = (total_C.sum() - total_C) / (size_C.sum() - size_C)
+  return math.sqrt((len(mean_C) - 1) * mean_C.var())
 
 
 def save(report: EvalReport, path: pathlib.Path | str) -> None:

@@ -30,8 +30,9 @@ from m2.eval import run as eval_run
 MAX_MASKED = 0.02
 
 RULE = (
-  'keep if and only if all hold on GATE, paired by task, intervals by cluster '
-  'bootstrap over signatures at evolve.confidence, two-sided: '
+  'keep if and only if all hold on GATE, paired by task, intervals over '
+  'clusters (signatures) at evolve.confidence, two-sided, by bootstrap from '
+  f'{eval_run.FEW} clusters on and Student of the jackknife below: '
   '(1) gain: on the targeted skill the lower bound of targeted - base exceeds '
   'evolve.min_gain, and a one-sided exact sign test over clusters gives '
   'p <= (1 - evolve.confidence) / 2; '
@@ -58,7 +59,7 @@ class Effect:
     n: tasks compared.
     clusters: distinct signatures among them.
     mean: difference of the rates, in [-1, 1].
-    interval: bootstrap interval of the mean.
+    interval: of the mean, over clusters; see `eval_run.paired`.
     p: one-sided exact sign test over clusters that the difference is above 0.
     p_loss: the same that it is below 0.
   """

@@ -207,8 +207,9 @@ class Round:
     registered = self.book.find('registered').data['evaluator_hash']
     if provenance.evaluator() != registered:
       raise ledger.LedgerError(
-        'the evaluator (m2/envs, m2/eval, m2/evolve/gate.py) changed during '
-        'the round; nothing it measured can be compared. Start a new workdir'
+        'the evaluator (main.py, m2, pallas_kernels, configs/scaffold) changed '
+        'during the round; nothing it measured can be compared. Start a new '
+        'workdir'
       )
     return gate.decide(
       reports['base'],
@@ -338,10 +339,10 @@ def with_tokenizer(
   """Uses the tokenizer of the base unless the config names one."""
   if config.data.tokenizer:
     return config
-  data = dataclasses.replace(
+  data = m2_config.replace(
     config.data, tokenizer=str(observe.run_of(base) / 'tokenizer.json')
   )
-  return dataclasses.replace(config, data=data)
+  return m2_config.replace(config, data=data)
 
 
 def _decided(

@@ -11,6 +11,7 @@ it, so there is no list of forbidden names to forget one in.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
@@ -132,17 +133,24 @@ def apply_edits(
     A locked copy that differs from `config` at the edited leaves only.
 
   Raises:
-    EditError: too many edits, a path the allow-list does not cover, a stale
-      `old`, a wrong type, a value out of range or too far from the old one, or
-      a combination that would drop a skill's replay.
+    EditError: no sequence of edits, or too many, a path the allow-list does not
+      cover, a stale `old`, a wrong type, a value out of range or too far from
+      the old one, or a combination that would drop a skill's replay.
   """
+  try:
+    edits = tuple(edits)
+  except TypeError:
+    raise EditError(
+      f'{_show(edits)} is no sequence of edits; a proposal is a list of '
+      'ConfigEdit'
+    ) from None
   if not 0 < len(edits) <= MAX_EDITS:
     raise EditError(f'{len(edits)} edits; a proposal has 1 to {MAX_EDITS}')
   edited = ml_collections.ConfigDict(config.to_dict()).lock()
   seen = set()
   for edit in edits:
     if type(edit) is not ConfigEdit or type(edit.path) is not str:
-      raise EditError(f'{edit!r} is not a ConfigEdit with a string path')
+      raise EditError(f'{_show(edit)} is not a ConfigEdit with a string path')
     if edit.path in seen:
       raise EditError(f'{edit.path} is edited twice')
     seen.add(edit.path)
@@ -176,23 +184,31 @@ def _check_value(edit: ConfigEdit, rule: Rule, current: int | float) -> None:
   for name, value in (('old', edit.old), ('new', edit.new)):
     if type(value) is not rule.type:
       raise EditError(
-        f'{edit.path}: {name}={value!r} is a {type(value).__name__}, expected '
-        f'{rule.type.__name__}'
+        f'{edit.path}: {name}={_show(value)} is a {type(value).__name__}, '
+        f'expected {rule.type.__name__}'
       )
   if edit.old != current:
     raise EditError(
-      f'{edit.path}: the proposal saw {edit.old!r}, the config holds '
+      f'{edit.path}: the proposal saw {_show(edit.old)}, the config holds '
       f'{current!r}; diagnose again'
     )
-  if not (math.isfinite(edit.new) and rule.low <= edit.new <= rule.high):
+  if not rule.low <= edit.new <= rule.high:  # NaN is in no range
     raise EditError(
-      f'{edit.path}: {edit.new!r} is not in [{rule.low:g}, {rule.high:g}]'
+      f'{edit.path}: {_show(edit.new)} is not in [{rule.low:g}, {rule.high:g}]'
     )
   if rule.step and abs(edit.new - edit.old) > rule.step:
     raise EditError(
       f'{edit.path}: {edit.old!r} to {edit.new!r} is more than {rule.step:g} '
       'in one round'
     )
+
+
+def _show(value: Any) -> str:
+  """How an error names a value: by its type where it cannot be written."""
+  try:
+    return repr(value)
+  except Exception:  # such as an int of more digits than Python writes
+    return f'a {type(value).__name__}'
 
 
 def _check_mixture(
@@ -204,6 +220,8 @@ def _check_mixture(
     raise EditError(
       f'tasks.difficulty_min={low} would exceed tasks.difficulty_max={high}'
     )
+  if not any(edited.tasks.skills.values()):
+    raise EditError('tasks.skills would have no weight above 0')
   old, new = shares(base), shares(edited)
   for skill, share in old.items():
     if not base.tasks.skills[skill] and edited.tasks.skills[skill]:

@@ -78,12 +78,21 @@ def fingerprint(paths: Sequence[pathlib.Path], base: pathlib.Path) -> str:
   return total.hexdigest()
 
 
-def evaluator() -> str:
-  """Fingerprint of the code that makes, verifies, scores and gates tasks."""
-  package = ROOT / 'm2'
-  folders = [package / name for name in ('envs', 'eval')]
-  files = [path for folder in folders for path in folder.rglob('*.py')]
-  return fingerprint([*files, package / 'evolve' / 'gate.py'], ROOT)
+def evaluator(root: pathlib.Path = ROOT) -> str:
+  """Fingerprint of the code that draws, plays, verifies, scores and gates.
+
+  It covers `main.py`, every Python file of `m2` and of `pallas_kernels`, and
+  the scaffolds, `configs/scaffold/*.md`. Arms may differ in the settings that
+  `mutate.RULES` lists and in weights, neither of which is in these files. It
+  does not cover settings, which have hashes of their own, libraries, or a
+  `prompt.scaffold` of another folder.
+
+  Args:
+    root: of the source tree.
+  """
+  patterns = 'm2/**/*.py', 'pallas_kernels/**/*.py', 'configs/scaffold/*.md'
+  files = [path for pattern in patterns for path in root.glob(pattern)]
+  return fingerprint([root / 'main.py', *files], root)
 
 
 def commit() -> str:

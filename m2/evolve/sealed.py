@@ -71,7 +71,7 @@ def skills(config: m2_config.RunConfig) -> list[str]:
 
 def tasks_hash(config: m2_config.RunConfig, exam: Exam) -> str:
   """Hash of the ids of the exam's tasks, drawn here without any answer."""
-  settings = dataclasses.replace(
+  settings = m2_config.replace(
     config.tasks, skills=tuple(sorted(exam.weights.items()))
   )
   return _hash(_ids(settings, exam.split, exam.count, config.seed))

@@ -2,6 +2,7 @@
 
     trial/stage.json    the config; a folder never serves two of them
     trial/log.txt       everything the stage printed
+    trial/unread.json   the settings that the stage did not read (main.py)
     trial/done.json     written last: the stage is complete and is not repeated
     trial/lock          held by the stage, and by nobody after it
 
@@ -71,8 +72,7 @@ def child(
 ) -> ml_collections.ConfigDict:
   """The config of a stage: the sections of `mode`, taken over from `config`.
 
-  Every leaf taken over counts as read here: the stage itself says which of
-  them it did not read.
+  Taking a leaf over is not reading it: see `run_main`.
 
   Args:
     config: the run that starts the stage.
@@ -82,21 +82,10 @@ def child(
   Returns:
     An unlocked ConfigDict with `mode`, `seed`, `steps` and the sections.
   """
-  tree = ml_collections.ConfigDict(
-    {'mode': mode, 'seed': config.seed, 'steps': config.steps}
-  )
-  for name in m2_config.MODES[mode]:
-    if name in sections:
-      tree[name] = ml_collections.ConfigDict(sections[name])
-      continue
-    section = getattr(config, name)
-    values = {
-      field.name: getattr(section, field.name)
-      for field in dataclasses.fields(section)
-    }
-    if name == 'tasks':
-      values['skills'] = dict(values['skills'])
-    tree[name] = ml_collections.ConfigDict(values)
+  whole = m2_config.to_config(config)
+  tree = ml_collections.ConfigDict({'mode': mode})
+  for name in ('seed', 'steps', *m2_config.MODES[mode]):
+    tree[name] = whole[name] if name not in sections else sections[name]
   return tree
 
 
@@ -108,6 +97,8 @@ def run_main(
   main: pathlib.Path = MAIN,
 ) -> Trial:
   """Runs `main.py` on `config` in `workdir`, unless that is done already.
+
+  The settings that the stage read count as read here as well.
 
   Args:
     config: all settings of the stage.
@@ -132,6 +123,7 @@ def run_main(
     done = workdir / 'done.json'
     if done.exists():
       found = load(workdir)
+      _note_reads(settings, workdir)
       print(f'{label:<24} done before, {clock(found.seconds)}', flush=True)
       return found
     attempts = workdir / 'attempts'
@@ -145,9 +137,26 @@ def run_main(
       'attempts': attempts.stat().st_size,
     }
     provenance.write_json(done, record)
+    _note_reads(settings, workdir)
   again = f', attempt {record["attempts"]}' if record['attempts'] > 1 else ''
   print(f'{label:<24} done in {clock(seconds)}{again}', flush=True)
   return load(workdir)
+
+
+def _note_reads(settings: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Counts the leaves of `settings` as read, but those in `unread.json`."""
+  path = workdir / 'unread.json'
+  unread = set(json.loads(path.read_text())) if path.exists() else ()
+  reads = m2_config.Settings.READS
+  for name, value in settings.items():
+    if isinstance(value, dict):
+      reads.update(
+        (f'{name.capitalize()}Config', leaf)
+        for leaf in value
+        if f'{name}.{leaf}' not in unread
+      )
+    elif name not in unread:
+      reads.add(('RunConfig', name))
 
 
 def load(workdir: pathlib.Path) -> Trial:

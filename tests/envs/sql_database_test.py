@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+import tracemalloc
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -21,7 +23,12 @@ class GuardTest(parameterized.TestCase):
     "UPDATE sqlite_master SET sql=''",
     'SELECT zeroblob(1000000000)',
     'ROLLBACK',
-    'SAVEPOINT a',
+    'SAVEPOINT a; ROLLBACK',
+    'RELEASE a',
+    'SAVEPOINT a' + '; DELETE FROM note; ROLLBACK TO a' * 21,
+    'PRAGMA foreign_keys',
+    'PRAGMA foreign_key_check',
+    '/**/PRAGMA/**/user_version=3',
     '/**/COMMIT; DROP TABLE note',
     'INSERT INTO note VALUES(1); INSERT INTO note VALUES(1)',
     'SELECT \x00',
@@ -66,6 +73,32 @@ class GuardTest(parameterized.TestCase):
       self.assertEqual(db.state(()), before)
     self.assertEqual(db.run('SELECT 1'), [(1,)])
 
+  def test_what_changes_nothing_is_accepted(self):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
+    )
+    for number, script in enumerate(
+      (
+        'PRAGMA foreign_keys=OFF; {}; pragma foreign_keys ( on );',
+        '/**/PRAGMA/**/foreign_keys = 0 -- no links\n; {}',
+        'BEGIN/* x */; {}; COMMIT/* y */;',
+        '-- a\n/* b */ begin immediate; {}; end -- c',
+        '\ufeffBEGIN; {}',
+        'SAVEPOINT a; {}; RELEASE a',
+        'BEGIN; SAVEPOINT a; {}; RELEASE SAVEPOINT a; COMMIT',
+        'SAVEPOINT a; {}; SAVEPOINT a; DELETE FROM note; ROLLBACK TO a',
+        '{}; SAVEPOINT a; DROP TABLE note; ROLLBACK TRANSACTION TO a; COMMIT',
+      )
+    ):
+      db.run(script.format(f'INSERT INTO note VALUES({number})'))
+      self.assertEqual(
+        db.run('SELECT count(*) FROM note'), [(number + 1,)], script
+      )
+    # A savepoint ends with its script.
+    with self.assertRaisesRegex(sql_database.ScriptError, 'no such savepoint'):
+      db.run('DELETE FROM note; RELEASE a')
+    self.assertEqual(db.run('SELECT count(*) FROM note'), [(number + 1,)])
+
   @parameterized.parameters(
     # Each level puts eight times as much in the place of x.
     (
@@ -87,7 +120,26 @@ class GuardTest(parameterized.TestCase):
       + '+'.join(['[id]'] * 200)
       + ' AS x FROM note))))',
     ),
-  )
+    *(
+      (f'SELECT {x}+{x}+{x}+{x} AS {x} FROM{gap}(' * 10
+       + f'SELECT id AS {x} FROM note' + ')' * 10,)
+      for gap, x in (
+        ('/**/', 'x'), ('--\n', 'x'), ('(/* ( */', 'x'), (' \ufeff', 'x'),
+        ('', '\u20ac'),
+      )
+    ),
+    (
+      'WITH c AS/**/(SELECT ' + '+'.join(['id'] * 100) + ' AS x FROM note) '
+      f'SELECT {"+".join(["x"] * 100)} FROM c',
+    ),
+    # Queries of expressions: each level has the one within it five times.
+    (
+      'SELECT (' * 10 + 'SELECT id FROM note'
+      + ''.join(
+        f') AS x{n} FROM note WHERE x{n}+x{n}+x{n}+x{n}>0' for n in range(10)
+      ),
+    ),
+  )  # fmt: skip
   def test_what_grows_while_it_is_read_is_refused_at_once(self, script):
     db = sql_database.Database(
       sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
@@ -116,6 +168,73 @@ class GuardTest(parameterized.TestCase):
     with self.assertRaises(sql_database.ScriptError):
       for _ in range(20):
         db.run('INSERT INTO t SELECT a FROM t')
+
+  @parameterized.named_parameters(
+    (
+      'links',
+      'INSERT INTO note VALUES(9)',
+      'CREATE TABLE z(a' + ', FOREIGN KEY(a) REFERENCES note' * 100 + ')',
+      'INSERT INTO z VALUES' + ','.join(['(9)'] * 80),
+      'INSERT INTO z SELECT 9 FROM z, z AS y LIMIT 6000',
+    ),
+    (
+      'defaults',
+      'CREATE TABLE z(a); INSERT INTO z VALUES' + ','.join(['(1)'] * 99),
+      'INSERT INTO z SELECT 1 FROM z, z AS y LIMIT 6000',
+      f"ALTER TABLE z ADD COLUMN b DEFAULT '{'x' * 1900}'",
+    ),
+    (
+      'columns',
+      *(
+        f'CREATE TABLE z{n}(' + ','.join(f'c{m}' for m in range(700)) + ')'
+        for n in range(40)
+      ),
+    ),
+    (
+      'checks',
+      'CREATE TABLE z(a CHECK('
+      + '+'.join(
+        ["instr(printf('%.3900c', a), printf('%.1900c', a)||'b')"] * 30
+      )
+      + "<1)); INSERT INTO z VALUES('a')",
+      *['INSERT INTO z SELECT a FROM z'] * 6,
+    ),
+  )
+  def test_what_is_left_is_read_within_limits(self, *scripts):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
+    )
+    for script in scripts:
+      db.run(script)
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    start = time.process_time()
+    with mock.patch.object(sql_database, 'SECONDS', 0.04):
+      with self.assertRaises(sql_database.ScriptError) as caught:
+        db.state(())
+    self.assertTrue(caught.exception.limited)
+    self.assertLess(time.process_time() - start, 1.0 * clock.slow())
+    self.assertLess(tracemalloc.get_traced_memory()[1], 2**24)
+    self.assertEqual(db.run('SELECT 1'), [(1,)])
+
+  def test_columns_are_looked_at_once_per_script(self):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
+    )
+    for n in range(60):
+      columns = ','.join(f'c{m}' for m in range(700))
+      db.run(f'CREATE TABLE z{n}({columns})')
+    start = time.process_time()
+    db.run('WITH x AS (SELECT 1) SELECT * FROM x' + ';SELECT 1' * 50)
+    self.assertLess(time.process_time() - start, 0.3 * clock.slow())
+
+  def test_one_violation_is_reported(self):
+    db = sql_database.Database(
+      sql_database.build(['CREATE TABLE note(id INTEGER PRIMARY KEY)'], {})
+    )
+    self.assertEqual(db.state(())['integrity'], (('ok',), None))
+    db.run('CREATE TABLE z(a REFERENCES note); INSERT INTO z VALUES(8),(9)')
+    self.assertEqual(db.state(())['integrity'], (('ok',), ('z', 1, 'note', 0)))
 
   def test_defaults_are_compared_by_value(self):
     def columns(declared):

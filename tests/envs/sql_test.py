@@ -66,6 +66,19 @@ class ControlTest(absltest.TestCase):
       self.assertEqual(verdict.outcome, types.Outcome.SCORE)
       self.assertEqual((verdict.passed, verdict.error_class), (False, 'limit'))
 
+  def test_a_database_too_large_to_compare_has_failed(self):
+    task = next(some(1))
+    wide = f"ALTER TABLE z ADD COLUMN b DEFAULT '{'x' * 1900}'"
+    rows = ','.join(['(1)'] * 400)
+    artifact = [f'CREATE TABLE z(a);INSERT INTO z VALUES{rows};{wide}']
+    verdict = sql.verify(task, artifact)
+    self.assertEqual(verdict.outcome, types.Outcome.SCORE)
+    self.assertEqual((verdict.passed, verdict.error_class), (False, 'limit'))
+    self.assertIn('characters to compare', verdict.evidence)
+
+  def test_judged_databases_are_few(self):
+    self.assertLessEqual(sql._judge.cache_info().maxsize, 512)
+
   def test_a_name_of_the_agents_is_no_timeout(self):
     task = next(some(1))
     script = 'CREATE TABLE interrupted(x UNIQUE);INSERT INTO interrupted '

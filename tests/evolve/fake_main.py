@@ -26,6 +26,7 @@ START = 0.2  # rate of every skill before training
 LEARNED = 3.0  # how fast a share of the mixture closes the gap to 1
 HARD = 'split_table'  # a skill that needs this many times more
 HARDER = 6.0
+UNREAD: dict[str, list[str]] = {}  # settings that no code reads, by mode
 
 
 def act(config: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -37,6 +38,8 @@ def act(config: dict[str, Any], workdir: pathlib.Path) -> None:
     evaluate(config, workdir)
   else:
     train(config, workdir)
+  unread = UNREAD.get(config['mode'], [])
+  (workdir / 'unread.json').write_text(json.dumps(unread))
 
 
 def train(config: dict[str, Any], workdir: pathlib.Path) -> None:

@@ -65,6 +65,13 @@ class Elastic(float):
   __ge__ = __lt__ = __gt__ = __le__
 
 
+class Short(list):
+  """A list that claims to hold one item."""
+
+  def __len__(self):
+    return 1
+
+
 WEIGHT = 'tasks.skills.add_col'
 REFUSED = {
   'seed': [edit('seed', 0, 1)],
@@ -110,7 +117,18 @@ REFUSED = {
   'twice': [edit(WEIGHT, 1.0, 2.0), edit(WEIGHT, 2.0, 4.0)],
   'one of two is frozen': [edit(WEIGHT, 1.0, 2.0), edit('seed', 0, 1)],
   'three': [edit(f'tasks.skills.{skill}', 1.0, 2.0) for skill in SKILLS[:3]],
+  'three that claim to be one': Short(
+    edit(f'tasks.skills.{skill}', 1.0, 2.0) for skill in SKILLS[:3]
+  ),
   'none': [],
+  'no sequence': None,
+  'a number': 5,
+  'text': 'tasks.skills.add_col',
+  'beyond floats': [edit('tasks.difficulty_max', 2, 10**400)],
+  'beyond text': [edit('tasks.difficulty_max', 2, 10**5000)],
+  'beyond text for float': [edit(WEIGHT, 1.0, 10**5000)],
+  'stale beyond text': [edit('tasks.difficulty_max', 10**5000, 3)],
+  'edit beyond text': [10**5000],
 }
 
 
@@ -126,14 +144,12 @@ class ScaleTest(parameterized.TestCase):
 
 
 class ApplyTest(parameterized.TestCase):
-  @parameterized.named_parameters(
-    (name, edits) for name, edits in REFUSED.items()
-  )
-  def test_is_refused_and_changes_nothing(self, edits):
+  @parameterized.named_parameters((name, name) for name in REFUSED)
+  def test_is_refused_and_changes_nothing(self, name):
     base = config()
     before = copy.deepcopy(base.to_dict())
     with self.assertRaises(mutate.EditError):
-      mutate.apply_edits(base, edits)
+      mutate.apply_edits(base, REFUSED[name])
     self.assertEqual(base.to_dict(), before)
 
   def test_applies_to_a_locked_copy(self):
@@ -154,6 +170,15 @@ class ApplyTest(parameterized.TestCase):
       mutate.apply_edits(base, [edit(WEIGHT, 0.0, 5e-324)])
     with self.assertRaises(mutate.EditError):
       mutate.apply_edits(config(), [edit(WEIGHT, 1.0, 1e308)])
+
+  def test_some_weight_remains(self):
+    base = config()
+    with base.unlocked():
+      for skill in SKILLS[2:]:
+        base.tasks.skills[skill] = 0.0
+    edits = [edit(f'tasks.skills.{skill}', 1.0, 0.0) for skill in SKILLS[:2]]
+    with self.assertRaisesRegex(mutate.EditError, 'no weight above 0'):
+      mutate.apply_edits(base, edits)
 
   def test_difficulties_stay_ordered(self):
     base = config()

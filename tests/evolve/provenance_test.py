@@ -2,11 +2,28 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 
 from absl.testing import absltest, parameterized
 
 from m2.evolve import provenance
+
+EVALUATOR = (
+  'main.py',
+  'configs/scaffold/default.md',
+  'm2/agents/whitebox.py',
+  'm2/data/parser.py',
+  'm2/engine/sampling.py',
+  'm2/envs/families/sql.py',
+  'm2/eval/run.py',
+  'm2/evolve/gate.py',
+  'm2/evolve/sealed.py',
+  'm2/forge/evaluate.py',
+  'm2/gateway/capture.py',
+  'm2/types.py',
+  'pallas_kernels/__init__.py',
+)
 
 
 class ProvenanceTest(parameterized.TestCase):
@@ -71,9 +88,21 @@ class ProvenanceTest(parameterized.TestCase):
     )
     self.assertRegex(found['device'], r'^\d+ \w+')
 
-  def test_the_evaluator_hash_covers_the_gate(self):
-    self.assertRegex(provenance.evaluator(), '^[0-9a-f]{64}$')
-    self.assertTrue((provenance.ROOT / 'm2' / 'evolve' / 'gate.py').exists())
+  def test_the_evaluator_hash_covers_what_an_evaluation_runs(self):
+    for name in ('m2', 'pallas_kernels', 'configs'):
+      shutil.copytree(provenance.ROOT / name, self.root / name)
+    shutil.copy(provenance.ROOT / 'main.py', self.root)
+    first = provenance.evaluator(self.root)
+    self.assertEqual(first, provenance.evaluator())
+    for name in EVALUATOR:
+      path = self.root / name
+      before = path.read_bytes()
+      path.write_bytes(before + b'\n')
+      self.assertNotEqual(provenance.evaluator(self.root), first, name)
+      path.write_bytes(before)
+    # Settings have a hash of their own.
+    (self.root / 'configs' / 'sft.py').write_text('')
+    self.assertEqual(provenance.evaluator(self.root), first)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,8 @@ import time
 import ml_collections
 from absl.testing import absltest, parameterized
 
+from configs import sft
+from m2 import config as m2_config
 from m2.evolve import provenance, trial
 
 MIB = 2**20
@@ -45,6 +47,18 @@ for one in (signal.SIGINT, signal.SIGTERM):
   signal.signal(one, save)
 print('begun', flush=True)
 time.sleep(600)
+"""
+
+
+# The real main.py with a run of its own.
+MAIN = """
+import sys
+sys.path.insert(0, {root!r})
+import main
+def run(config, workdir):
+  print(config.seed, config.data.source)
+main.run = run
+main.app.run(main.main, flags_parser=main.parse)
 """
 
 
@@ -86,6 +100,17 @@ class TrialTest(parameterized.TestCase):
     self.assertEqual(self.run_main('pass'), first)
     self.assertEqual(self.starts(), 1)
     self.assertIn('done before', self.printed.getvalue())
+
+  def test_what_main_read_counts_as_read_here(self):
+    self.main.write_text(MAIN.format(root=str(provenance.ROOT)))
+    (self.main.parent / 'configs').symlink_to(provenance.ROOT / 'configs')
+    run = m2_config.RunConfig.from_config(sft.get_config('tiny'))
+    stage = trial.child(run, 'sft')
+    everything = m2_config.unread(run)
+    self.assertContainsSubset(('seed', 'steps', 'data.path'), everything)
+    trial.run_main(stage, self.workdir, label='stage', main=self.main)
+    read = set(everything) - set(m2_config.unread(run))
+    self.assertEqual(read, {'seed', 'data.source'})
 
   def test_a_failed_stage_raises_with_the_end_of_its_log(self):
     with self.assertRaises(trial.TrialError) as caught:

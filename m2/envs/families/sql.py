@@ -163,9 +163,10 @@ def verify(task: types.Task, scripts: Sequence[str]) -> types.Verdict:
 
   Returns:
     Passed iff every hidden database ends exactly as the gold script leaves it.
-    A script that runs into a limit, of instructions or of processor time, has
-    failed: it does so in every replay, on a busy machine or not. A gold script
-    that does not run is the environment's failure.
+    A script that runs into a limit, of instructions, of processor time or of
+    what its database may hold, has failed: it does so in every replay, on a
+    busy machine or not. A gold script that does not run is the environment's
+    failure.
   """
   score = types.Outcome.SCORE
   for place in range(HIDDEN):
@@ -235,7 +236,9 @@ def _agree(part: str, want: Mapping[str, Any], got: Mapping[str, Any]) -> bool:
   return want[part] == got[part]
 
 
-@functools.lru_cache(8192)
+# An entry has up to 0.9 MB: 512 are enough for the samples of the tasks in
+# flight, and stay under 0.5 GB.
+@functools.lru_cache(512)
 def _judge(key: '_Key') -> tuple[bytes, Mapping[str, Any]]:
   """A hidden database before, and its state after, the gold script.
 

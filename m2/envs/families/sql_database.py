@@ -5,9 +5,9 @@ database: no files, no pragmas, no triggers or views, no runaway queries. They
 count while a statement runs; sqlite cannot be stopped while it reads one, and
 names that stand for expressions of other such names multiply there. So a script
 may name one query or expression, `... AS (...)`, tables have no generated
-columns, and a statement may not grow past `TERMS` terms. All these are guards
-against wrong and hostile scripts, not a security boundary against bugs of
-sqlite itself.
+columns, and a statement may not grow past `TERMS` terms. What a script leaves
+is read within limits as well. All these are guards against wrong and hostile
+scripts, not a security boundary against bugs of sqlite itself.
 """
 
 import contextlib
@@ -18,14 +18,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-STEPS = 100_000  # virtual-machine instructions of one script
+STEPS = 100_000  # virtual-machine instructions of one script or state
 LOOK = 1000  # instructions between two looks at the budget
-SECONDS = 2.0  # of the processor, of one script: a function may be slow
+# Of the processor, of one script or state: a function may be slow.
+SECONDS = 2.0
 SCRIPT = 8000  # characters
 # Bytes of a value: a function of two values may take their product in time.
 VALUE = 4000
 PAGES = 200  # of 4 KiB
+UNDONE = 20  # ROLLBACKs of a script: each may copy all pages until its end
 TERMS = 100_000  # of a statement, names replaced by what they stand for
+# Characters of all rows and declarations of a state: ten times what the gold
+# script of the largest task leaves.
+READ = 400_000
 SHOWN = 5  # rows of a query that the agent sees
 
 ALLOWED = {
@@ -40,6 +45,7 @@ ALLOWED = {
   sqlite3.SQLITE_DROP_INDEX,
   sqlite3.SQLITE_ALTER_TABLE,
   sqlite3.SQLITE_REINDEX,
+  sqlite3.SQLITE_SAVEPOINT,  # within the transaction of `run`, which stays
 }
 # No clock and no chance: an artifact has one verdict. Those that begin with
 # sqlite_ are ALTER TABLE's own.
@@ -55,9 +61,10 @@ FUNCTIONS = frozenset(
 ADDED = re.compile(
   r'\b(CHECK|COLLATE|CONFLICT|DEFERRABLE|AUTOINCREMENT|WITHOUT|STRICT)\b', re.I
 )
+# Quoted text, or what sqlite skips: comments and byte order marks.
 QUOTED = re.compile(
-  r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^\]]*\]"""
-  r'|--[^\n]*|/\*.*?\*/',
+  r"""('(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^\]]*\])"""
+  r'|--[^\n]*|/\*.*?\*/|\ufeff',
   re.DOTALL,
 )
 # A common table expression, a window or a generated column.
@@ -65,7 +72,10 @@ NAMED = re.compile(r'\bAS\s*(?:(?:NOT\s+)?MATERIALIZED\s*)?\(', re.I)
 # A query that names of the one around it may stand for. A comma before one
 # may as well be between two expressions, which then counts too much.
 DERIVED = re.compile(r'(?:\b(?:FROM|JOIN)|,)[\s(]*\(\s*(?:SELECT|WITH)\b', re.I)
-WORD = re.compile(r'\w+')
+# A query within another, or another bracket.
+BRACKET = re.compile(r'\(\s*(?:SELECT|WITH)\b|[()]', re.I)
+# Names may have any letter that is not ASCII; a star stands for columns.
+WORD = re.compile(r'[\w\x80-\U0010ffff]+|\*')
 # A default whose value is read without running anything of the script's.
 LITERAL = re.compile(
   r"""NULL|[+-]?\s*[0-9.][0-9a-z.+-]*|"(?:[^"]|"")*"|'(?:[^']|'')*'""", re.I
@@ -74,9 +84,14 @@ OBJECTS = (
   'SELECT type, name, tbl_name, sql FROM sqlite_master '
   "WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"
 )
-# Each script is one transaction of ours; its own brackets change nothing.
-COMMENT = re.compile(r'^(\s*(--[^\n]*(\n|$)|/\*.*?\*/))+', re.DOTALL)
-BRACKETS = ('BEGIN', 'COMMIT', 'END')
+ROLLBACK = re.compile(r'\bROLLBACK\b', re.I)
+# What changes nothing: each script is one transaction of ours, and sqlite
+# switches foreign keys between transactions only.
+IDLE = re.compile(
+  r'(BEGIN|COMMIT|END)(\s.*)?'
+  r'|PRAGMA\s+foreign_keys\s*(=\s*\w+|\(\s*\w+\s*\))',
+  re.I | re.DOTALL,
+)
 
 
 class ScriptError(Exception):
@@ -93,8 +108,8 @@ class Database:
 
   def __init__(self, image: bytes):
     """Opens a database serialised by `build`."""
-    self._own = True  # statements of ours pass the authoriser
-    self._left, self._deadline = STEPS, 0.0
+    self._own = True  # statements of ours pass the authoriser and the budget
+    self._left, self._deadline, self._room = STEPS, 0.0, READ
     self._db = sqlite3.connect(':memory:', isolation_level=None)
     self._db.deserialize(image)
     self._db.execute(f'PRAGMA max_page_count={PAGES}')
@@ -121,7 +136,11 @@ class Database:
     rows: list[tuple[Any, ...]] = []
     self._db.execute('BEGIN')
     try:
-      named = len(NAMED.findall(QUOTED.sub(' ', script)))
+      plain = _plain(script)
+      undone = len(ROLLBACK.findall(plain))
+      if undone > UNDONE:
+        raise ValueError(f'a script may say ROLLBACK {UNDONE} times: {undone}')
+      named = len(NAMED.findall(plain))
       if named > 1:
         raise ValueError(f'a script may say AS (...) once, not {named} times')
       for statement in split(script):
@@ -131,14 +150,13 @@ class Database:
           rows = self._db.execute(statement).fetchmany(SHOWN)
         finally:
           self._own = True
-        if named:
+        if named and NAMED.search(_plain(statement)):
           self._refuse_generated()
       self._db.execute('COMMIT')
     except (sqlite3.Error, ValueError, OverflowError, MemoryError) as error:
       if self._db.in_transaction:
         self._db.execute('ROLLBACK')
-      code = getattr(error, 'sqlite_errorcode', None)
-      raise ScriptError(str(error), code == sqlite3.SQLITE_INTERRUPT) from None
+      raise ScriptError(str(error), _interrupted(error)) from None
     return rows
 
   def _refuse_generated(self) -> None:
@@ -158,11 +176,15 @@ class Database:
     `exact` is the table to the letter, for those that must not change.
 
     Raises:
+      ScriptError: a script left more than the limits let one read or check.
       sqlite3.Error: a script left what sqlite itself cannot read back.
     """
+    self._left, self._deadline = STEPS, time.thread_time() + SECONDS
+    self._room = READ
     self._db.set_authorizer(None)
+    self._own = False  # the budget counts
     try:
-      objects = self._db.execute(OBJECTS).fetchall()
+      objects = self._read(OBJECTS)
       return {
         'tables': {
           name: self._table(name, name in keyless, objects)
@@ -172,38 +194,54 @@ class Database:
         'other objects': sorted(
           kind for kind, *_ in objects if kind not in ('table', 'index')
         ),
+        # One violation is enough.
         'integrity': (
-          self._db.execute('PRAGMA integrity_check').fetchall(),
-          self._db.execute('PRAGMA foreign_key_check').fetchall(),
+          self._db.execute('PRAGMA integrity_check(1)').fetchone(),
+          self._db.execute('PRAGMA foreign_key_check').fetchone(),
         ),
       }
+    except sqlite3.Error as error:
+      if _interrupted(error):
+        raise ScriptError(str(error), limited=True) from None
+      raise
     finally:
+      self._own = True
       self._db.set_authorizer(self._authorise)
+
+  def _read(self, query: str) -> list[tuple[Any, ...]]:
+    rows = []
+    for row in self._db.execute(query):
+      self._room -= len(repr(row))
+      if self._room < 0:
+        raise ScriptError(
+          f'the database has over {READ} characters to compare: leave less',
+          limited=True,
+        )
+      rows.append(row)
+    return rows
 
   def _table(
     self, name: str, keyless: bool, objects: list[tuple]
   ) -> dict[str, Any]:
     quoted = _quote(name)
-    info = self._db.execute(f'PRAGMA table_xinfo({quoted})').fetchall()
+    info = self._read(f'PRAGMA table_xinfo({quoted})')
     columns = sorted(
       (column, kind.upper(), notnull, _value(default), key, hidden)
       for _, column, kind, notnull, default, key, hidden in info
     )
-    links = self._db.execute(f'PRAGMA foreign_key_list({quoted})').fetchall()
+    links = self._read(f'PRAGMA foreign_key_list({quoted})')
     places = sorted(range(len(info)), key=lambda place: info[place][1])
     whole = places
     if keyless:
       places = [place for place in places if info[place][1] != 'id']
-    rows = self._db.execute(f'SELECT * FROM {quoted} NOT INDEXED').fetchall()
+    rows = self._read(f'SELECT * FROM {quoted} NOT INDEXED')
     texts = [sql for _, _, table, sql in objects if table == name and sql]
     state = {
       'columns': columns,
       'indices': sorted(self._indices(quoted)),
       'links': sorted((ln[2], ln[3], ln[4] or 'id', *ln[5:]) for ln in links),
       'extras': sorted(
-        word.upper()
-        for text in texts
-        for word in ADDED.findall(QUOTED.sub(' ', text))
+        word.upper() for text in texts for word in ADDED.findall(_plain(text))
       ),
       'rows': sorted(repr([row[place] for place in places]) for row in rows),
       'exact': (texts, rows),
@@ -213,11 +251,11 @@ class Database:
     return state
 
   def _indices(self, quoted: str) -> Iterator[tuple[Any, ...]]:
-    listed = self._db.execute(f'PRAGMA index_list({quoted})').fetchall()
+    listed = self._read(f'PRAGMA index_list({quoted})')
     # An integer key that is the row's own id has no index: one that has (`id
     # INTEGER PRIMARY KEY DESC`) takes NULL and numbers no new rows.
     for _, name, unique, _, partial in listed:
-      parts = self._db.execute(f'PRAGMA index_xinfo({_quote(name)})').fetchall()
+      parts = self._read(f'PRAGMA index_xinfo({_quote(name)})')
       # (column, descending, collation) of the keys; the rest is the row's id.
       yield (
         tuple((str(p[2]), p[3], p[4]) for p in parts if p[5]),
@@ -239,6 +277,16 @@ class Database:
     return self._left <= 0 or time.thread_time() > self._deadline
 
 
+def _interrupted(error: Exception) -> bool:
+  code = getattr(error, 'sqlite_errorcode', None)
+  return code == sqlite3.SQLITE_INTERRUPT
+
+
+def _plain(text: str) -> str:
+  """SQL with a name in the place of quoted text, and without comments."""
+  return QUOTED.sub(lambda found: ' q ' if found[1] else ' ', text)
+
+
 def _refuse_growth(statement: str) -> None:
   """Refuses what could grow past TERMS while sqlite reads it.
 
@@ -246,8 +294,9 @@ def _refuse_growth(statement: str) -> None:
   it: so many times are the words of one multiplied by those of another, and
   they are most where each has as many as the next.
   """
-  text = QUOTED.sub(' q ', statement)
-  levels = 2 + len(DERIVED.findall(text)) + len(NAMED.findall(text))
+  text = _plain(statement)
+  rest, named = NAMED.subn('(q ', text)
+  levels = 2 + named + max(len(DERIVED.findall(text)), _depth(rest))
   words = len(WORD.findall(text))
   if re.search(r'\bSELECT\b', text, re.I) and words > levels * TERMS ** (
     1 / levels
@@ -256,6 +305,18 @@ def _refuse_growth(statement: str) -> None:
       f'{words} words are too many for a statement of {levels - 1} queries '
       'within each other: take fewer or split it'
     )
+
+
+def _depth(text: str) -> int:
+  """How many queries in brackets are within each other."""
+  most, depths = 0, [0]
+  for found in BRACKET.finditer(text):
+    if found[0] != ')':
+      depths.append(depths[-1] + (found[0] != '('))
+      most = max(most, depths[-1])
+    elif len(depths) > 1:
+      depths.pop()
+  return most
 
 
 @functools.lru_cache(1024)
@@ -277,7 +338,7 @@ def _quote(name: str) -> str:
 
 
 def split(script: str) -> Iterator[str]:
-  """Statements of a script, without empty ones and transaction brackets."""
+  """Statements of a script, without those that change nothing."""
   start = 0
   for end, letter in enumerate(script, 1):
     if letter == ';' and sqlite3.complete_statement(script[start:end]):
@@ -287,9 +348,9 @@ def split(script: str) -> Iterator[str]:
 
 
 def _kept(statement: str) -> Iterator[str]:
-  text = COMMENT.sub('', statement.rstrip().rstrip(';')).strip()
-  if text and text.split()[0].upper() not in BRACKETS:
-    yield text
+  text = _plain(statement).strip().rstrip(';').strip()
+  if text and not IDLE.fullmatch(text):
+    yield statement.strip().rstrip(';')
 
 
 def build(statements: list[str], rows: dict[str, list[tuple]]) -> bytes:
