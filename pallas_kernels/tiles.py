@@ -95,7 +95,9 @@ def row_tiles(device_kind: str, mean: int) -> RowTiles:
   found = _table().get(device_kind, {}).get('rows', {})
   if size in found:
     entry = found[size]
-    return RowTiles(**entry | {'rows': tuple(entry['rows'])})
+    if isinstance(entry.get('rows'), list):
+      entry = entry | {'rows': tuple(entry['rows'])}
+    return _made(RowTiles, entry, device_kind, 'rows', size)
   return ROW_TILES[size]
 
 
@@ -112,9 +114,23 @@ def lookup(device_kind: str, operation: str, shape: tuple[int, int]) -> Tiles:
     operation: 'weight_gradient'.
     shape: widths of the output's two sides.
   """
-  entry = _table().get(device_kind, {}).get(operation, {})
-  found = entry.get('x'.join(map(str, shape)))
-  return Tiles(**found) if found else fitted(Tiles(), shape[1])
+  name = 'x'.join(map(str, shape))
+  found = _table().get(device_kind, {}).get(operation, {}).get(name)
+  if not found:
+    return fitted(Tiles(), shape[1])
+  return _made(Tiles, found, device_kind, operation, name)
+
+
+def _made(kind: type, entry: dict, *place: str):
+  """Tiles of an entry of the table.
+
+  Raises:
+    ValueError: the entry makes none; says where it is.
+  """
+  try:
+    return kind(**entry)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'{TABLE.name}: {", ".join(place)}: {error}') from None
 
 
 def fitted(tiles: Tiles, columns: int) -> Tiles:
@@ -201,5 +217,6 @@ def lookup_decode(
     operation: 'decode_up' or 'decode_down', with '_fp8' for such weights.
     shape: widths of the contraction and of the output.
   """
-  entry = _table().get(device_kind, {}).get(operation, {})
-  return DecodeTiles(**entry.get('x'.join(map(str, shape)), {}))
+  name = 'x'.join(map(str, shape))
+  found = _table().get(device_kind, {}).get(operation, {}).get(name, {})
+  return _made(DecodeTiles, found, device_kind, operation, name)

@@ -66,6 +66,12 @@ class StyleTest(parameterized.TestCase):
             over.append(f'{name(path)}:{node.lineno} {node.name}: {lines}')
     self.assertEmpty(over)
 
+  def test_marks_are_of_tests_and_not_of_their_parameters(self):
+    # A mark above them is lost without a word, and the test runs everywhere.
+    lost = re.compile(r'@pytest\.mark.*\n\s*@parameterized')
+    found = [p for p in files('.py') if lost.search(p.read_text())]
+    self.assertEmpty(found)
+
   def test_no_path_of_one_machine_and_nothing_left_open(self):
     found = []
     for path in files(*TEXT):

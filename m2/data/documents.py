@@ -59,6 +59,7 @@ class Documents:
         and tokens.dtype.kind in 'iu'
         and weights.dtype.kind in 'iuf'
         and np.isfinite(_narrow(weights)).all()
+        and 0 <= weights.min()
         and 0 <= tokens.min()
         and tokens.max() < self._tokenizer.size
       )
@@ -67,7 +68,7 @@ class Documents:
     if not sound:
       raise ValueError(
         f'tokens must be one or more ids in [0, {self._tokenizer.size}) and '
-        'weights as many finite numbers'
+        'weights as many finite numbers, none below 0'
       )
     return _document(tokens, weights, whole=weighted)
 

@@ -22,6 +22,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2 import config
@@ -112,6 +113,8 @@ def _shard(
     dataset, length=cfg.length, rows=window, pad=tokenizer.pad_id, seed=seed
   ).batch(cfg.batch // cfg.shards, drop_remainder=True)
   if cfg.workers:
+    if not flags.FLAGS.is_parsed():  # outside of main.py; Grain reads its own
+      flags.FLAGS.mark_as_parsed()
     return dataset.mp_prefetch(
       grain.MultiprocessingOptions(
         num_workers=cfg.workers, per_worker_buffer_size=cfg.prefetch

@@ -7,6 +7,7 @@ tool's output becomes ordinary ids. `encode_rendered` combines them for a
 rendered conversation and gives each token its training weight.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -24,16 +25,17 @@ from m2.data import markup, template
 # Pieces that `train` learns its merges within. Each is one of: words in lower
 # case, at most their first letter not; digits by three; tags that follow each
 # other, but none that is a special token; everything else up to the next of
-# these, blanks included. See `train`.
+# these, blanks included. See `train`. Bounded, since the library gives up a
+# match of a few hundred thousand characters, as of Chinese, which has no case.
 _WORD = r'\p{Lu}?[\p{Ll}\p{M}]+'
 _NOT_SPECIAL = rf'(?!{"|".join(map(re.escape, markup.SPECIALS))})'
-_TAG = rf'{_NOT_SPECIAL}</?\p{{Ll}}[^<>\n]*>'
+_TAG = rf'{_NOT_SPECIAL}</?\p{{Ll}}[^<>\n]{{0,256}}>'
 PATTERN = '|'.join(
   (
     _WORD,
     r'\p{N}{1,3}',
     rf'\n?(?:{_TAG}\n?)+',
-    rf'(?:(?!{_WORD}|\p{{N}}|\n?{_TAG})[\s\S])+',
+    rf'(?:(?!{_WORD}|\p{{N}}|\n?{_TAG})[\s\S]){{1,4096}}',
   )
 )
 # What the chat template writes; added to a tokenizer that lacks it.
@@ -230,11 +232,26 @@ def _complete(backend: tokenizers.Tokenizer) -> None:
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
   try:
-    return backend.encode(text, add_special_tokens=False).ids
+    with _no_panic():
+      return backend.encode(text, add_special_tokens=False).ids
   except TypeError:
     raise ValueError(
       f'{text!r:.200} is not text that UTF-8 can write'
     ) from None
+
+
+@contextlib.contextmanager
+def _no_panic() -> Iterator[None]:
+  """Makes a ValueError of the library's panic.
+
+  It is no Exception: threads would end of it unseen, and others wait for them.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if type(error).__name__ != 'PanicException':
+      raise
+    raise ValueError(f'the tokenizer cannot read this text: {error}') from None
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -304,7 +321,8 @@ def train(texts: Iterable[str], vocab: int) -> Tokenizer:
       read += len(text)
       yield text
 
-  backend.train_from_iterator(counted(), trainer)
+  with _no_panic():
+    backend.train_from_iterator(counted(), trainer)
   if not read:
     raise ValueError('there is no text to train the tokenizer on')
   return Tokenizer(backend.to_str())

@@ -221,10 +221,7 @@ def interval(report: EvalReport) -> tuple[float, float]:
 
 def student(confidence: float, freedom: int) -> float:
   """The t that Student's distribution exceeds either way at 1 - confidence."""
-  low, high = (
-    0.0,
-    math.pi / 2,
-  )  # of the angle whose tangent is t / sqrt(freedom)
+  low, high = 0.0, math.pi / 2  # angles whose tangent is t / sqrt(freedom)
   for _ in range(60):
     middle = (low + high) / 2
     # Abramowitz and Stegun, 26.7.3 and 26.7.4: P(|T| < t).

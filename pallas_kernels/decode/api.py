@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -48,6 +49,9 @@ def decode_experts(
     ValueError: shapes or dtypes that do not match.
     NotImplementedError: a backend forced by name that cannot do this.
   """
+  x_MD, index_MX, weight_MX, wi_0, wi_1, wo = jax.tree.map(
+    jnp.asarray, (x_MD, index_MX, weight_MX, wi_0, wi_1, wo)
+  )
   _check(x_MD, index_MX, weight_MX, wi_0, wi_1, wo)
   if not index_MX.size:
     return jnp.zeros_like(x_MD)

@@ -66,6 +66,10 @@ def experts(
     ValueError: shapes or dtypes that do not match; `transposed` with `axis`.
     NotImplementedError: a backend forced by name that cannot do this.
   """
+  x_MD, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD = map(
+    jnp.asarray, (x_MD, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
+  )
+  index_MX = jnp.asarray(index_MX, jnp.int32)
   matrices = wi_0_EDF, wi_1_EDF, wo_EFD
   widths = wi_0_EDF.shape[:0:-1] if transposed else wi_0_EDF.shape[1:]
   _check(x_MD, index_MX, weight_MX, *matrices, widths, transposed)

@@ -80,6 +80,7 @@ def grouped_matmul(
       1.
     NotImplementedError: a backend forced by name that cannot do this.
   """
+  x_MK, w_GKN, sizes_G = map(jnp.asarray, (x_MK, w_GKN, sizes_G))
   if x_MK.ndim != 2 or w_GKN.ndim != 3 or x_MK.shape[1] != w_GKN.shape[1]:
     raise ValueError(
       f'x {x_MK.shape} and w {w_GKN.shape} do not contract: expected [M, K] '

@@ -72,6 +72,8 @@ def plan(
     raise ValueError(
       f'index is {index_MX.dtype}{list(index_MX.shape)}; expected int[M, X]'
     )
+  # Of uint8, 256 groups would be none.
+  index_MX = jnp.asarray(index_MX, jnp.int32)
   if min(groups, align, 1 if rows is None else rows) < 1:
     raise ValueError(f'{groups=}, {align=} and {rows=} must be positive')
   if not index_MX.size:
@@ -103,6 +105,7 @@ def gather(
     ValueError: tokens that are not those of the plan.
     NotImplementedError: a backend forced by name that cannot do this.
   """
+  x_MD = jnp.asarray(x_MD)
   _check_rows('x', x_MD, len(plan.place_MX), 'tokens')
   if not plan.place_MX.size:
     return jnp.zeros((len(plan.source_P), x_MD.shape[1]), x_MD.dtype)
@@ -131,6 +134,7 @@ def combine(
     ValueError: rows or weights that are not those of the plan.
     NotImplementedError: a backend forced by name that cannot do this.
   """
+  y_PD, weight_MX = jnp.asarray(y_PD), jnp.asarray(weight_MX)
   _check_rows('y', y_PD, len(plan.source_P), 'positions')
   if weight_MX.shape != plan.place_MX.shape:
     raise ValueError(

@@ -183,8 +183,8 @@ class CorruptTest(parameterized.TestCase):
   def test_no_damage_goes_unnoticed(self):
     self.damage_all('flipped')
 
-  @pytest.mark.heavy
   @parameterized.parameters('cut', 'gone')
+  @pytest.mark.heavy
   def test_no_other_damage_goes_unnoticed(self, how):
     self.damage_all(how)
 

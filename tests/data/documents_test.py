@@ -81,6 +81,7 @@ class DocumentsTest(parameterized.TestCase):
     ({'tokens': [1.5]}, 'tokens must be'),
     ({'tokens': [1], 'weights': [float('nan')]}, 'finite'),
     ({'tokens': [1], 'weights': [1e300]}, 'finite'),
+    ({'tokens': [1, 2], 'weights': [1, -1]}, 'none below 0'),
     (_call(3), r'messages\[0\].*tool_calls=3: expected a list'),
     (_call({'name': 'f'}), 'expected a list'),
     ({'tokens': 3}, 'tokens must be'),

@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import absltest, parameterized
 
 from m2 import config
@@ -208,6 +209,8 @@ class PipelineTest(parameterized.TestCase):
 
   @pytest.mark.heavy
   def test_worker_processes_give_the_rows_and_resume(self):
+    flags.FLAGS.unparse_flags()  # as in a program that does not use them
+    self.addCleanup(flags.FLAGS.mark_as_parsed)
     iterator = self.make(change(workers=2))
     batches = [next(iterator) for _ in range(3)]
     state = json.loads(json.dumps(iterator.get_state()))

@@ -5,6 +5,7 @@ import json
 import pathlib
 import pickle
 import random
+from unittest import mock
 
 import numpy as np
 import tokenizers
@@ -133,6 +134,25 @@ class TokenizerTest(parameterized.TestCase):
     for encode in (self.tok.encode, self.tok.encode_plain):
       with self.assertRaisesRegex(ValueError, 'UTF-8'):
         encode('a\ud800')
+
+  def test_text_without_lower_case_may_be_long(self):
+    texts = ['中文，你好。\n' * 130_000, '<a' + ' b' * 400_000, ' ' * 900_000]
+    for text in texts:
+      trained = tokenizer.train([text], 300)
+      for words in (self.tok, trained):
+        self.assertEqual(words.decode(words.encode_plain(text)), text)
+
+  def test_a_panic_of_the_library_is_an_error_like_others(self):
+    class PanicException(BaseException):
+      pass
+
+    backend = mock.Mock()
+    backend.encode.side_effect = PanicException('retry-limit-in-match over')
+    with self.assertRaisesRegex(ValueError, 'cannot read this.*retry-limit'):
+      tokenizer._encode(backend, 'x')
+    backend.encode.side_effect = KeyboardInterrupt
+    with self.assertRaises(KeyboardInterrupt):
+      tokenizer._encode(backend, 'x')
 
   def test_refuses_to_train_on_too_little(self):
     with self.assertRaisesRegex(ValueError, 'vocab=264 .* at least 265'):

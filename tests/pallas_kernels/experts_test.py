@@ -58,6 +58,27 @@ class ExpertsTest(parameterized.TestCase):
     y = layer(*args[:3], *turned)
     np.testing.assert_array_equal(np.float32(y), np.float32(got[0]))
 
+  def test_small_integers_and_numpy_arrays_do(self):
+    rng = np.random.default_rng(0)
+    wide, tall = ((256, 8, 16), (256, 16, 8))
+    matrices = [np.float32(rng.normal(size=z)) for z in (wide, wide, tall)]
+    x_MD = np.float32(rng.normal(size=(5, 8)))
+    index_MX = rng.integers(0, 256, (5, 2)).astype(np.uint8)
+    weight_MX = np.float32(rng.uniform(size=(5, 2)))
+    want = ref.experts(x_MD, np.int32(index_MX), weight_MX, *matrices)
+    for layer in (pallas_kernels.experts, pallas_kernels.decode_experts):
+      got = layer(x_MD, index_MX, weight_MX, *matrices)
+      row_cases.assert_close(self, got, want, FP32_TOLERANCE, layer.__name__)
+    moved = pallas_kernels.permute(x_MD, index_MX, 256)
+    self.assertEqual(int(moved.sizes_G.sum()), index_MX.size)
+    back = pallas_kernels.unpermute(np.asarray(moved.x_PD), moved, weight_MX)
+    spec = x_MD * weight_MX.sum(1, keepdims=True)
+    np.testing.assert_allclose(back, spec, rtol=1e-5)
+    product = pallas_kernels.grouped_matmul(
+      np.asarray(moved.x_PD), matrices[0], np.asarray(moved.sizes_G)
+    )
+    self.assertEqual(product.shape, (10, 16))
+
   def test_split_experts_are_not_transposed(self):
     x, index, weight, *matrices = operands(24, 40, 'float32')
     turned = [np.asarray(w).swapaxes(1, 2) for w in matrices]

@@ -174,10 +174,10 @@ class MoveTest(parameterized.TestCase):
   def test_rows_come_and_go(self, shape, dtype):
     self.check_rows(shape, dtype)
 
-  @pytest.mark.heavy
   @parameterized.parameters(
     *zip(LAYOUTS, itertools.cycle(('float32', 'bfloat16')))
   )
+  @pytest.mark.heavy
   def test_rows_of_the_other_type_come_and_go(self, shape, dtype):
     self.check_rows(shape, dtype)
 

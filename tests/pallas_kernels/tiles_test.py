@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,22 @@ class TilesTest(absltest.TestCase):
     for rows in ((), (12,), (64, 32), (264,)):
       with self.assertRaisesRegex(ValueError, 'rows'):
         tiles.RowTiles(rows=rows)
+
+  def test_a_bad_entry_of_the_table_is_named(self):
+    table = {'X1': {
+      'weight_gradient': {'128x256': {'colums': 128}},
+      'decode_up': {'128x256': {'depth': 3}},
+      'rows': {'few': {'rows': [12]}},
+    }}  # fmt: skip
+    with mock.patch.object(tiles, '_table', lambda: table):
+      with self.assertRaisesRegex(
+        ValueError, 'tiles.json: X1, weight_gradient, 128x256: .*colums'
+      ):
+        tiles.lookup('X1', 'weight_gradient', (128, 256))
+      with self.assertRaisesRegex(ValueError, 'X1, decode_up, 128x256: .*dep'):
+        tiles.lookup_decode('X1', 'decode_up', (128, 256))
+      with self.assertRaisesRegex(ValueError, 'X1, rows, few: .*multiples'):
+        tiles.row_tiles('X1', 4)
 
   def test_autotune_picks_the_fastest(self):
     slow, fast = tiles.Tiles(band=1), tiles.Tiles(band=2)

@@ -24,11 +24,11 @@ class ExpertsTest(parameterized.TestCase):
   def test_equals_one_device(self, *case):
     self.check(*case)
 
-  @pytest.mark.heavy
   @parameterized.parameters(
     ((1, 1, 8, 1, 1), 'exchange', 2, True),  # more devices than choices
     ((2, 1, 2, 2, 1), 'exchange', 1, True),
   )
+  @pytest.mark.heavy
   def test_too_little_room_equals_one_device(self, *case):
     self.check(*case)
 
