@@ -352,11 +352,21 @@ def controls(task: types.Task) -> dict[str, tuple[list[str], bool]]:
 
 
 def _partial(gold: Sequence[str]) -> Iterator[str]:
-  """Gold scripts of which one change leaves rows out."""
+  """Gold scripts of which one change leaves rows out, or drops some."""
   for place, statement in enumerate(gold):
-    if statement.startswith('UPDATE ') and ' WHERE ' not in statement:
-      short = f'{statement} WHERE id<7'
+    for short in _narrowed(statement):
       yield ';'.join((*gold[:place], short, *gold[place + 1 :]))
+
+
+def _narrowed(statement: str) -> Iterator[str]:
+  if found := re.fullmatch(r'UPDATE .*=(\w+)\*\d+', statement):
+    for rows in ('id<7', '{}>=0', '{}<9', '{} IS NOT NULL'):
+      yield f'{statement} WHERE {rows.format(found[1])}'
+  if found := re.fullmatch(r'INSERT .* SELECT (.*) FROM \w+', statement):
+    column = re.findall(r'\b[a-z]\w*', found[1].removeprefix('id,'))[0]
+    yield f'{statement} WHERE {column} IS NOT NULL'
+  if found := re.search(r'GROUP BY (\w+)\)$', statement):
+    yield f'{statement} OR {found[1]} IS NULL'
 
 
 def _after(task: types.Task) -> str:

@@ -69,6 +69,7 @@ MANY = range(12, 25)
 HARDEST = min(len(TABLES) - 2, len(COLUMNS) - 5)
 TYPES = ('INT', 'TEXT', 'REAL')
 WORDS = ('ash', 'bay', 'cod', 'dew', 'elm')
+RARE = {'INT': (-3, 97), 'REAL': (-2.5, 97.5), 'TEXT': ('', 'Ash')}
 KEY = 'id INTEGER PRIMARY KEY'
 
 
@@ -141,7 +142,8 @@ def rows(
   So every column holds a duplicate: a unique index without the deletion that
   must come before it fails on every instantiation. Where there are more than
   FEW, one before the last repeats the third, so that removing those of the
-  first alone is not enough.
+  first alone is not enough, and each column has values that a script may
+  forget: see `_add_rare`.
 
   Args:
     tables: `{'name': ..., 'columns': [[name, type], ...]}`; a column
@@ -161,7 +163,29 @@ def rows(
     if len(found) >= FEW.stop:
       found[-2] = (found[-2][0], *third[1:])
     found.append((counts[table['name']], *first[1:]))
+    if len(found) > FEW.stop:
+      _add_rare(rng, found, table['columns'])
   return filled
+
+
+def _add_rare(
+  rng: random.Random, found: list[tuple], columns: list[list[str]]
+) -> None:
+  """Puts values that FEW do not show in rows that no other repeats.
+
+  One of each in every column: NULL, of which two would leave open whether they
+  are duplicates, in a row of its own as far as there are enough; and, but for
+  keys, numbers on both sides of the others, or empty text and a word in
+  another case.
+  """
+  places = rng.sample(range(3, len(found) - 2), len(found) - 5)
+  for at, (name, kind) in enumerate(columns, 1):
+    first = places.pop(0)
+    rest = [] if name.endswith('_id') else RARE[kind.split()[0]]
+    others = rng.sample(places, len(rest))
+    for place, value in ((first, None), *zip(others, rest)):
+      found[place] = (*found[place][:at], value, *found[place][at + 1 :])
+    places.append(first)
 
 
 def _value(
