@@ -29,7 +29,7 @@ def keep_ledger() -> None:
     rows[:] = local_rows(mesh, batch)
     return list(rows)
 
-  def noted(self, step, fresh, batch, counts, params):
+  def noted(self, step, fresh, batch, *rest):
     found = {
       row: documents.numbers(tokens, positions)
       for row, tokens, positions in zip(
@@ -40,7 +40,7 @@ def keep_ledger() -> None:
     file = folder() / f'{jax.process_index()}.jsonl'
     with open(file, 'a', buffering=1) as ledger:
       ledger.write(json.dumps(line) + '\n')
-    after(self, step, fresh, batch, counts, params)
+    after(self, step, fresh, batch, *rest)
 
   pipeline.local_rows, journal.Journal.after = listed, noted
 
