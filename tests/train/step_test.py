@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from m2.train import step
@@ -48,6 +49,7 @@ def assert_close(first, second, tolerance):
 
 
 class AccumulateTest(parameterized.TestCase):
+  @pytest.mark.heavy  # on eight devices it is in every run: `MeshTest`
   def test_microbatches_add_up_to_the_batch(self):
     # Uneven weights: rows with few trained tokens must not count more.
     whole, metrics = gradients(BASE)
