@@ -7,6 +7,7 @@ are read from the pool again; groups that were in flight start over.
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import grain
@@ -85,13 +86,30 @@ class RolloutIterator(grain.DatasetIterator[Batch]):
     return self._rollouts.window.state()
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Restores the window; unfinished groups get new ids and start over."""
-    done = set(state['done'])
+    """Restores the window; unfinished groups get new ids and start over.
+
+    So do finished ones that the pool has not, as after it was deleted.
+    """
+    done = set(filter(self._is_held, state['done']))
+    if lost := len(state['done']) - len(done):
+      print(
+        f'the pool lacks {lost} of the groups that the checkpoint has; they '
+        'are played again',
+        file=sys.stderr,
+      )
     queued = [
       [id if id in done else self._rollouts.group_id(index), index]
       for id, index in state['queued']
     ]
-    self._rollouts.window.restore({**state, 'queued': queued})
+    state = {**state, 'done': sorted(done), 'queued': queued}
+    self._rollouts.window.restore(state)
+
+  def _is_held(self, group: str) -> bool:
+    try:
+      self._rollouts.pool.read(rollout.episodes(group, self._cfg.group_size))
+    except KeyError:
+      return False
+    return True
 
   def _batch(self, groups: list[list[types.Episode]]) -> Batch:
     cfg = self._cfg

@@ -1,6 +1,8 @@
 """Batches: what is trained, what is only counted, and the window's state."""
 
+import contextlib
 import dataclasses
+import io
 import types as python_types
 
 import numpy as np
@@ -178,7 +180,11 @@ class DatasetTest(absltest.TestCase):
     self.assertEqual(shapes[0], shapes[1])
 
   def test_state_is_the_window_and_renames_what_must_be_replayed(self):
-    iterator = self.make({'g0': [], 'g1': [], 'g2': []}, groups=1)
+    groups = {
+      id: [episode(f'{id}/{member}', [1.0]) for member in range(2)]
+      for id in ('g0', 'g1', 'g2')
+    }
+    iterator = self.make(groups, groups=1)
     queue = self.rollouts.window
     queue.submit('g3')
     queue.take(1)
@@ -188,6 +194,11 @@ class DatasetTest(absltest.TestCase):
     self.assertEqual(queue.unfinished(), [('again3', 3)])
     self.assertEqual(queue.take(9), ['g1', 'g2'])
     self.assertEqual(queue.next_index, 4)
+    del groups['g1']
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+      iterator.set_state(state)
+    self.assertIn('lacks 1 of the groups', said.getvalue())
+    self.assertEqual(queue.unfinished(), [('again1', 1), ('again3', 3)])
 
 
 if __name__ == '__main__':
