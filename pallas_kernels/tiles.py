@@ -92,13 +92,7 @@ def row_tiles(device_kind: str, mean: int) -> RowTiles:
     mean: rows a group, in the mean.
   """
   size = size_of(mean)
-  found = _table().get(device_kind, {}).get('rows', {})
-  if size in found:
-    entry = found[size]
-    if isinstance(entry.get('rows'), list):
-      entry = entry | {'rows': tuple(entry['rows'])}
-    return _made(RowTiles, entry, device_kind, 'rows', size)
-  return ROW_TILES[size]
+  return _measured(RowTiles, device_kind, 'rows', size) or ROW_TILES[size]
 
 
 def size_of(mean: int) -> str:
@@ -115,20 +109,23 @@ def lookup(device_kind: str, operation: str, shape: tuple[int, int]) -> Tiles:
     shape: widths of the output's two sides.
   """
   name = 'x'.join(map(str, shape))
-  found = _table().get(device_kind, {}).get(operation, {}).get(name)
-  if not found:
-    return fitted(Tiles(), shape[1])
-  return _made(Tiles, found, device_kind, operation, name)
+  found = _measured(Tiles, device_kind, operation, name)
+  return found or fitted(Tiles(), shape[1])
 
 
-def _made(kind: type, entry: dict, *place: str):
-  """Tiles of an entry of the table.
+def _measured[T](kind: type[T], *place: str) -> T | None:
+  """The tiles at a device's, operation's and shape's place, if it has any.
 
   Raises:
-    ValueError: the entry makes none; says where it is.
+    ValueError: the entry there makes none; says where it is.
   """
+  device_kind, operation, name = place
+  entry = _table().get(device_kind, {}).get(operation, {}).get(name)
+  if entry is None:
+    return None
+  lists = {k: tuple(v) for k, v in entry.items() if isinstance(v, list)}
   try:
-    return kind(**entry)
+    return kind(**entry | lists)
   except (TypeError, ValueError) as error:
     raise ValueError(f'{TABLE.name}: {", ".join(place)}: {error}') from None
 
@@ -218,5 +215,4 @@ def lookup_decode(
     shape: widths of the contraction and of the output.
   """
   name = 'x'.join(map(str, shape))
-  found = _table().get(device_kind, {}).get(operation, {}).get(name, {})
-  return _made(DecodeTiles, found, device_kind, operation, name)
+  return _measured(DecodeTiles, device_kind, operation, name) or DecodeTiles()

@@ -25,7 +25,9 @@ from m2.data import lexer, markup
 
 _FORGOTTEN = 'tool-call markup outside a block'
 _TRAILING = 'text after the tool calls'
-_VALUE = re.compile(r'<parameter name=[^>]*>.*?</parameter>', re.DOTALL)
+_VALUE = re.compile(
+  rf'{lexer.PARAMETER}[^>]*>.*?{markup.PARAMETER_END}', re.DOTALL
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +69,9 @@ def parse(
   Raises:
     ValueError: `tools` itself is malformed.
   """
-  if not text.lstrip().startswith(markup.THINK):
+  if not thinking and not text.lstrip().startswith(markup.THINK):
     message = _VALUE.sub('', text).partition(markup.EOS)[0]
-    thinking = thinking or markup.THINK_END in message
+    thinking = markup.THINK_END in message
   parser = StreamParser(tools, thinking=thinking)
   parser.feed(text)
   return parser.close()

@@ -206,8 +206,8 @@ def interval(report: EvalReport) -> tuple[float, float]:
     return wilson(successes, n)
   if tasks == 1:
     return wilson(successes / n, 1)
-  size_T = np.array([trials[name] for name in trials])
-  rate_T = np.array([passed[name] for name in trials]) / size_T
+  size_T = np.array([*trials.values()])
+  rate_T = np.array([*passed.values()]) / size_T  # of the same tasks, in order
   between = size_T @ (rate_T - successes / n) ** 2 / (tasks - 1)
   within = size_T @ (rate_T * (1 - rate_T)) / (n - tasks)
   usual = (n - size_T @ size_T / n) / (tasks - 1)  # trials a task
