@@ -78,7 +78,9 @@ def moe(results: Sequence[dict[str, Any]]) -> str:
     size = row['saved_bytes'].get(name)
     return f'{size / 2**20:,.0f}' if size else ''
 
-  contenders = 'mosaic_gpu', 'torch', 'torch.compile', 'tokamax', 'liger'
+  contenders = (
+    'mosaic_gpu', 'torch', 'torch.compile', 'sonic', 'tokamax', 'liger',
+  )  # fmt: skip
   rows = [
     [
       DIRECTIONS[row['direction']],
@@ -96,8 +98,8 @@ def moe(results: Sequence[dict[str, Any]]) -> str:
   ]
   head = (
     'layer', 'experts', 'tokens', 'Pallas ms', 'torch ms', 'torch.compile ms',
-    'tokamax ms', 'Liger ms', 'over floor', 'keeps MiB', 'torch keeps MiB',
-    'device', 'commit',
+    'SonicMoE ms', 'tokamax ms', 'Liger ms', 'over floor', 'keeps MiB',
+    'torch keeps MiB', 'device', 'commit',
   )  # fmt: skip
   return table(head, rows)
 

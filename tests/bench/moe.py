@@ -3,13 +3,14 @@
     python -m tests.bench.moe [--tokens T ...] [--routings R ...]
       [--peers NAME ...] [--part NAME] [--out FOLDER]
 
-Needs one Hopper GPU and PyTorch. Liger's fused MoE, on matrices in the order
-that it wants, and tokamax, with the tiles that it picks without a search, take
-part where they are installed. `forward` starts from given choices and weights:
-plan, gather, gate and up projections with SwiGLU, down projection, combination.
-`both` adds the gradients of the tokens, of the routing weights and of the three
-matrices. The first peer is what PyTorch users write: a sort, `grouped_mm` and
-element-wise glue, run eagerly (`torch`) and compiled (`torch.compile`).
+Needs one Hopper GPU and PyTorch. Liger's fused MoE and SonicMoE, on matrices in
+the order that each wants, and tokamax, with the tiles that it picks without a
+search, take part where they are installed (`moe_peers.py`). `forward` starts
+from given choices and weights: plan, gather, gate and up projections with
+SwiGLU, down projection, combination. `both` adds the gradients of the tokens,
+of the routing weights and of the three matrices. The first peer is what PyTorch
+users write: a sort, `grouped_mm` and element-wise glue, run eagerly (`torch`)
+and compiled (`torch.compile`).
 
 Every contender's output is compared before it is timed, and all our gradients;
 results are written as they come, with `--part` to a file of that name beside
@@ -24,8 +25,6 @@ both measured in the same run.
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
 import itertools
 import os
 import pathlib
@@ -40,13 +39,10 @@ import jax.numpy as jnp  # noqa: E402
 import torch  # noqa: E402
 
 from pallas_kernels.experts import api, mosaic_gpu  # noqa: E402
-from tests.bench import record, timing  # noqa: E402
+from tests.bench import moe_peers, record, timing  # noqa: E402
 
 WIDE, HIDDEN, TOP_K = 3072, 1536, 8
 ROUTINGS = ('uniform', 'zipf', 'eight')
-COMPILED = (8192, 32768)  # tokens at which torch.compile takes part, E 256
-MOST_LIGER = 8192  # tokens: beyond, its copies of the matrices leave no room
-PEERS = ('torch.compile', 'liger', 'tokamax')  # beside torch
 TOLERANCE = 2e-2  # of bfloat16 results against each other, in norm
 
 
@@ -152,111 +148,7 @@ def ours(x, index, weight, wi_0, wi_1, wo):
   return api.experts(x, index, weight, wi_0, wi_1, wo, impl='mosaic_gpu')
 
 
-def tokamax_layer(x, index, weight, wi_0, wi_1, wo):
-  """Tokamax's ragged product with plain glue around it."""
-  import tokamax
-
-  # On the way it sets Triton's cache folder to '', which PyTorch cannot make.
-  os.environ.pop('TRITON_CACHE_DIR', None)
-  order = jnp.argsort(index.reshape(-1), stable=True)
-  sizes = jnp.bincount(index.reshape(-1), length=wi_0.shape[0])
-  groups = tokamax.RaggedDotGroupSizes(sizes, index.size)
-  product = functools.partial(tokamax.ragged_dot, group_sizes=groups)
-  rows = x[order // TOP_K]
-  act = jax.nn.silu(product(rows, wi_0)) * product(rows, wi_1)
-  y = product(act, wo)
-  back = jnp.argsort(order).reshape(index.shape)
-  return (y[back] * weight[..., None].astype(y.dtype)).sum(1)
-
-
-LAYERS = {'mosaic_gpu': ours, 'tokamax': tokamax_layer}
-PACKAGES = {'liger': 'liger_kernel', 'tokamax': 'tokamax'}
-
-
-def installed(wanted: Collection[str]) -> dict[str, str]:
-  """Those of the peers that need a package and have it -> its version."""
-  return {
-    name: importlib.metadata.version(package)
-    for name, package in PACKAGES.items()
-    if name in wanted and importlib.util.find_spec(package)
-  }
-
-
-def torch_layer(x, index, weight, w13, wo):
-  """A layer as PyTorch users write it; w13 is [E, D, 2F]."""
-  flat = index.reshape(-1)
-  order = torch.argsort(flat, stable=True)
-  sizes = torch.bincount(flat, minlength=len(wo))
-  offsets = torch.cumsum(sizes, 0).int()
-  rows = x[order // TOP_K]
-  gate, up = torch.nn.functional.grouped_mm(rows, w13, offs=offsets).chunk(2, 1)
-  act = torch.nn.functional.silu(gate) * up
-  y = torch.nn.functional.grouped_mm(act, wo, offs=offsets)
-  back = torch.empty_like(order)
-  back[order] = torch.arange(len(order), device=order.device)
-  y = y[back].view(*index.shape, -1)
-  return (y * weight[..., None].to(y.dtype)).sum(1)
-
-
-def liger_layer(x, index, weight, w13, wo):
-  """Liger's fused layer; its matrices are [E, 2F, D] and [E, D, F]."""
-  from liger_kernel.ops import fused_moe
-
-  return fused_moe.LigerFusedMoEFunction.apply(x, w13, wo, index.int(), weight)
-
-
-def peers(
-  case: Case, arrays: Mapping[str, jax.Array], wanted: Collection[str]
-) -> dict[tuple[str, str], Callable]:
-  """(name, forward, both or saved) -> call, of PyTorch's contenders."""
-  tensors = {name: torch.from_dlpack(array) for name, array in arrays.items()}
-  x, weight, wo = (tensors[name] for name in ('x', 'weight', 'wo'))
-  w13 = torch.cat([tensors['wi_0'], tensors['wi_1']], 2)
-  index = tensors['index'].long()
-  layers = {'torch': (torch_layer, w13, wo)}
-  shown = case.tokens in COMPILED and case.experts == 256
-  if shown and case.routing == 'uniform' and 'torch.compile' in wanted:
-    compiled = torch.compile(torch_layer, dynamic=False)
-    layers['torch.compile'] = compiled, w13, wo
-  if 'liger' in wanted and case.tokens <= MOST_LIGER:
-    own = (z.transpose(1, 2).contiguous() for z in (w13, wo))
-    layers['liger'] = liger_layer, *own
-
-  def forward(layer, *ws):
-    with torch.no_grad():
-      return layer(x, index, weight, *ws)
-
-  def both(layer, *ws):
-    y = layer(x, index, weight, *ws)
-    return y, *torch.autograd.grad(y, (x, weight, *ws), tensors['dy'])
-
-  found = {}
-  for name, (layer, *ws) in layers.items():
-    leaves = [x, weight, *ws]
-    for leaf in leaves:
-      leaf.requires_grad_()
-    found[name, 'forward'] = functools.partial(forward, layer, *ws)
-    found[name, 'both'] = functools.partial(both, layer, *ws)
-    found[name, 'saved'] = functools.partial(
-      saved_by_torch, functools.partial(layer, x, index, weight, *ws), leaves
-    )
-  return found
-
-
-def saved_by_torch(layer: Callable, leaves) -> int:
-  """Bytes that a layer keeps for its backward pass beside its operands."""
-  kept = {}
-  own = {leaf.untyped_storage().data_ptr() for leaf in leaves}
-
-  def pack(tensor):
-    storage = tensor.untyped_storage()
-    if storage.data_ptr() not in own:
-      kept[storage.data_ptr()] = storage.nbytes()
-    return tensor
-
-  with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-    layer()
-  return sum(kept.values())
+LAYERS = {'mosaic_gpu': ours, 'tokamax': moe_peers.tokamax}
 
 
 def saved_by_ours(name: str, case: Case) -> int:
@@ -310,7 +202,9 @@ def measure(
   arrays = operands(case)
   active = int((jnp.bincount(arrays['index'].reshape(-1)) > 0).sum())
   inputs = list(arrays.values())
-  theirs = peers(case, arrays, wanted)
+  usual = case.experts == 256 and case.routing == 'uniform'
+  compiles = usual and case.tokens in moe_peers.COMPILED
+  theirs = moe_peers.calls(arrays, wanted, compiled=compiles)
   layers = [name for name in LAYERS if name in ('mosaic_gpu', *wanted)]
   compiled = {
     (name, direction): program(name, direction, case.tokens, case.experts)
@@ -384,7 +278,9 @@ def main() -> None:
   )
   parser.add_argument('--experts', type=int, nargs='*', default=[256, 32])
   parser.add_argument('--routings', nargs='*', default=list(ROUTINGS))
-  parser.add_argument('--peers', nargs='*', choices=PEERS, default=PEERS)
+  parser.add_argument(
+    '--peers', nargs='*', choices=moe_peers.NAMES, default=moe_peers.NAMES
+  )
   parser.add_argument('--part', default='')
   flags = parser.parse_args()
   refusal = mosaic_gpu.refusal(jnp.dtype('bfloat16'), (WIDE, HIDDEN))
@@ -393,9 +289,11 @@ def main() -> None:
   rates = timing.denominators()
   print({name: f'{rate:.4g}' for name, rate in rates.items()}, flush=True)
   rows = [{'direction': name, 'rate': rate} for name, rate in rates.items()]
-  versions = installed(flags.peers)
+  versions = moe_peers.installed(flags.peers)
   rows.append({'direction': 'peer', 'torch': torch.__version__, **versions})
-  wanted = {z for z in flags.peers if z not in PACKAGES or z in versions}
+  wanted = {
+    z for z in flags.peers if z not in moe_peers.PACKAGES or z in versions
+  }
   cases = itertools.product(flags.tokens, flags.experts, flags.routings)
   for case in itertools.starmap(Case, cases):
     for found in measure(case, rates, wanted):

@@ -96,7 +96,7 @@ class ReadmeTest(absltest.TestCase):
     record.write('moe', 'Some GPU', rows, command='x', folder=folder)
     text = readme.render(EMPTY, folder)
     self.assertIn(
-      '| with gradients | 256 | 8,192 | 12.00 | 20.00 |  |  |  | 1.50 | 400 '
+      '| with gradients | 256 | 8,192 | 12.00 | 20.00 |  |  |  |  | 1.50 | 400 '
       '| 2,000 | Some GPU | ',
       text,
     )
