@@ -21,6 +21,11 @@ from pallas_kernels.permute.api import (
   unpermute,
 )
 from pallas_kernels.route.api import Routing, route
+from pallas_kernels.route.rounding import (
+  round_tokens,
+  rounded_rows,
+  spare_choices,
+)
 
 __all__ = [
   'Permuted',
@@ -37,6 +42,9 @@ __all__ = [
   'permute',
   'plan',
   'quantise',
+  'round_tokens',
+  'rounded_rows',
   'route',
+  'spare_choices',
   'unpermute',
 ]

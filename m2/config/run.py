@@ -119,6 +119,13 @@ class RunConfig(base.Settings):
       errors.append(
         f'loss.mtp={self.loss.mtp} needs model.mtp_modules >= 1; it is 0'
       )
+    fixed = not self.model or self.model.min_k == self.model.top_k
+    if self.loss and self.loss.round_tokens and not fixed:
+      errors.append(
+        f'loss.round_tokens={self.loss.round_tokens} is for a fixed number of '
+        f'experts a token: set model.min_k={self.model.min_k} to model.top_k='
+        f'{self.model.top_k}, or round_tokens to 0'
+      )
     mtp = self.loss.mtp if self.loss else 0
     if self.optim and self.optim.train_only == 'mtp' and not mtp:
       errors.append('optim.train_only=mtp needs loss.mtp > 0')

@@ -154,10 +154,11 @@ class LossConfig(base.Settings):
   mtp: float = 0.0  # multi-token prediction (report 2.3: 0.3)
   mtp_final: float = 0.0  # its value after the decay phase (report: 0.1)
   chunk: int = 1024  # tokens whose logits exist at once
+  round_tokens: int = 0  # rows of a tile that experts' tokens fill; 0 = off
 
   def _check(self) -> None:
     base.positive(self, 'chunk')
-    for name in ('z', 'balance', 'mtp', 'mtp_final'):
+    for name in ('z', 'balance', 'mtp', 'mtp_final', 'round_tokens'):
       value = getattr(self, name)
       base.require(value >= 0, f'loss.{name}={value} must not be negative')
     base.require(

@@ -1,5 +1,6 @@
 """The sparse feed-forward layer: sigmoid router and SwiGLU experts."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -47,7 +48,9 @@ def route(
   cfg: config.ModelConfig,
   weights: Mapping[str, jax.Array],
   x_BTD: jax.Array,
+  count_BT: jax.Array,
   experts_BTX: jax.Array | None,
+  round_tokens: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Scores, chosen experts and mixing weights of every token.
 
@@ -55,12 +58,19 @@ def route(
     cfg: model shape.
     weights: what `Moe` declares.
     x_BTD: normalised hidden states.
+    count_BT: 0 for padding, which experts that drop tokens drop first.
     experts_BTX: replay these choices instead of selecting; the weights still
       come from the live scores. A token's are distinct; values outside [0, E)
       choose none.
+    round_tokens: rows of the tiles that an expert's tokens are rounded to; 0
+      leaves them.
 
   Returns:
-    score_BTE float32, index_BTX int32 (E = slot not used), weight_BTX float32.
+    score_BTE float32, index_BTX int32 (E = slot not used), weight_BTX float32;
+    with rounding there are spare slots in X.
+
+  Raises:
+    ValueError: replayed choices are to be rounded.
   """
   logit_BTE = sharding.project(
     'btd,de->bte',
@@ -73,24 +83,49 @@ def route(
   score_BTE = jax.nn.sigmoid(logit_BTE)
   rows = sharding.spec(*TOKENS)
   if experts_BTX is not None:
+    if round_tokens:
+      raise ValueError(f'{round_tokens=}: choices that are replayed are fixed')
     weight_BTX = sharding.manual(_replayed, (rows, rows), rows)(
       score_BTE, experts_BTX
     )
     return score_BTE, experts_BTX, weight_BTX
 
-  def local(score, bias):
-    routing = pallas_kernels.route(
-      score.reshape(-1, cfg.experts),
-      bias,
-      top_k=cfg.top_k,
-      min_k=cfg.min_k,
-      min_share=cfg.min_share,
-    )
-    shape = (*score.shape[:2], cfg.top_k)
-    return tuple(part.reshape(shape) for part in routing)
+  def local(score, bias, count):
+    score_ME = score.reshape(-1, cfg.experts)
+    if round_tokens:
+      real_M1 = count.reshape(-1, 1) > 0
+      routing = _rounded(cfg, score_ME, bias, real_M1, round_tokens)
+    else:
+      routing = pallas_kernels.route(
+        score_ME,
+        bias,
+        top_k=cfg.top_k,
+        min_k=cfg.min_k,
+        min_share=cfg.min_share,
+      )
+    return tuple(part.reshape(*score.shape[:2], -1) for part in routing)
 
-  run = sharding.manual(local, (rows, sharding.spec(None)), (rows, rows))
-  return score_BTE, *run(score_BTE, weights['bias'])
+  each = rows, sharding.spec(None), sharding.spec(*TOKENS[:2])
+  run = sharding.manual(local, each, (rows, rows))
+  return score_BTE, *run(score_BTE, weights['bias'], count_BT)
+
+
+def _rounded(cfg, score_ME, bias_E, real_M1, tile) -> pallas_kernels.Routing:
+  """Whole tiles of tokens for each expert, of all devices that share them."""
+  ways = sharding.axis_sizes().get('expert', 1)
+  spare = pallas_kernels.spare_choices(
+    ways * len(score_ME), cfg.experts, cfg.top_k, tile
+  )
+  routing = pallas_kernels.route(score_ME, bias_E, top_k=cfg.top_k + spare)
+  rank_MX = jnp.take_along_axis(score_ME, routing.index_MX, axis=1)
+  return pallas_kernels.round_tokens(
+    routing,
+    jnp.where(real_M1, rank_MX, 0),
+    cfg.experts,
+    top_k=cfg.top_k,
+    tile=tile,
+    axis='expert' if ways > 1 else None,
+  )
 
 
 def _replayed(score_BTE: jax.Array, experts_BTX: jax.Array) -> jax.Array:
@@ -115,6 +150,7 @@ def mix(
   count_BT: jax.Array,
   experts_BTX: jax.Array | None,
   want_stats: bool,
+  round_tokens: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """One mixture-of-experts sub-layer on normalised input.
 
@@ -126,24 +162,33 @@ def mix(
       statistics: 0 for padding, the number of branches in a prefix tree.
     experts_BTX: replayed choices, or None.
     want_stats: also return introspection statistics.
+    round_tokens: as `route` takes it.
 
   Returns:
     The sub-layer's output [B, T, D], and a dict: `experts_BTX` chosen,
     `load_E` assignments, `balance` auxiliary loss, `active` experts per token.
   """
   x_BTD = checkpoint_name(x_BTD, 'moe_in')
-  score_BTE, index_BTX, weight_BTX = route(cfg, weights, x_BTD, experts_BTX)
+  score_BTE, index_BTX, weight_BTX = route(
+    cfg, weights, x_BTD, count_BT, experts_BTX, round_tokens
+  )
   matrices = [weights[name] for name in ('wi_0', 'wi_1', 'wo')]
   routing = index_BTX, weight_BTX
   if cfg.fp8_experts:
     y_BTD = serving.experts(x_BTD, routing, *matrices)
   else:
+    most = None
+    if round_tokens:
+      most = functools.partial(
+        pallas_kernels.rounded_rows, top_k=cfg.top_k, tile=round_tokens
+      )
     y_BTD = experts.expert_parallel(
       x_BTD,
       routing,
       *(w.astype(x_BTD.dtype) for w in matrices),
       strategy=cfg.expert_strategy,
       chunks=cfg.expert_chunks,
+      most=most,
     )
   out = {'experts_BTX': index_BTX}
   out |= _load(cfg, score_BTE, index_BTX, count_BT)

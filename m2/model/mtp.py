@@ -127,6 +127,7 @@ def loss(
   batch: Mapping[str, jax.Array],
   *,
   chunk: int,
+  round_tokens: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of weighted cross-entropies of each module.
 
@@ -136,6 +137,7 @@ def loss(
     output: the trunk's output for `batch`.
     batch: tokens, targets, weights, positions, until; each [B, T].
     chunk: tokens whose logits exist at once.
+    round_tokens: as `transformer.forward` takes it.
 
   Returns:
     float32[J] sums of weight * cross-entropy, and a dict: `weight_J` sums of
@@ -157,6 +159,7 @@ def loss(
       None,
       (*shared, count_BT),
       False,
+      round_tokens,
     )
     out_BTD = norm.rms_norm(h_BTD, weights['norm'], cfg.norm_eps)
     logp_BT, _, _ = logprob.from_hidden(outer, out_BTD, target_BT, chunk=chunk)

@@ -54,6 +54,7 @@ class Block(nn.Module):
 
   cfg: config.ModelConfig
   want_stats: bool = False
+  round_tokens: int = 0
 
   @nn.compact
   def __call__(self, carry, layer, experts_BTX, shared):
@@ -63,11 +64,21 @@ class Block(nn.Module):
     if self.is_initializing():  # parameters are declared: no more is needed
       return carry, None
     return block(
-      cfg, attn, ffn, carry, layer, experts_BTX, shared, self.want_stats
+      cfg,
+      attn,
+      ffn,
+      carry,
+      layer,
+      experts_BTX,
+      shared,
+      self.want_stats,
+      self.round_tokens,
     )
 
 
-def block(cfg, attn, ffn, carry, layer, experts_BTX, shared, want_stats):
+def block(
+  cfg, attn, ffn, carry, layer, experts_BTX, shared, want_stats, round_tokens
+):
   """Applies one layer to `carry` = (x_BTD, cache); pre-norm, two residuals."""
   x_BTD, cache = carry
   positions_BT, until_BT, count_BT = shared
@@ -77,7 +88,9 @@ def block(cfg, attn, ffn, carry, layer, experts_BTX, shared, want_stats):
   )
   x_BTD = x_BTD + a_BTD
   h_BTD = norm.rms_norm(x_BTD, ffn['norm'], cfg.norm_eps)
-  y_BTD, routed = moe.mix(cfg, ffn, h_BTD, count_BT, experts_BTX, want_stats)
+  y_BTD, routed = moe.mix(
+    cfg, ffn, h_BTD, count_BT, experts_BTX, want_stats, round_tokens
+  )
   if want_stats:
     stats |= routed.pop('stats') | _activation_stats(x_BTD, a_BTD, y_BTD)
   return (x_BTD + y_BTD, cache), routed | {'stats': stats}
@@ -109,6 +122,7 @@ class M2(nn.Module):
 
   cfg: config.ModelConfig
   want_stats: bool = False
+  round_tokens: int = 0
 
   @nn.compact
   def __call__(
@@ -127,7 +141,7 @@ class M2(nn.Module):
     final_D = self.param('final_norm', nn.initializers.ones, cfg.d_model, dtype)
     self.param('head', normal, (cfg.d_model, cfg.vocab), dtype)
     blocks = scanned(Block, cfg, cfg.layers)(
-      cfg, self.want_stats, name='blocks'
+      cfg, self.want_stats, self.round_tokens, name='blocks'
     )
     if self.is_initializing():
       blocks(None, jnp.arange(cfg.layers), None, None)
@@ -232,6 +246,7 @@ def forward(
   *,
   count_BT: jax.Array | None = None,
   want_stats: bool = False,
+  round_tokens: int = 0,
 ) -> Output:
   """Hidden states of every token.
 
@@ -247,11 +262,14 @@ def forward(
     count_BT: float32, weight of each token in load statistics; None counts
       every token that is not padding once.
     want_stats: fill `Output.stats`.
+    round_tokens: rows of the tiles that each expert's tokens are rounded to
+      (`pallas_kernels.round_tokens`), for training alone; 0 leaves them. Routes
+      then have spare slots, and the mask is causal for all but routing.
 
   Raises:
     ValueError: a cache on a mesh that cuts rows (`mesh.context` above 1).
   """
-  return M2(cfg, want_stats).apply(
+  return M2(cfg, want_stats, round_tokens).apply(
     {'params': params},
     tokens_BT,
     positions_BT,

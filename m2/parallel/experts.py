@@ -43,6 +43,7 @@ def expert_parallel(
   *,
   strategy: str = 'auto',
   chunks: int = 0,
+  most: Callable[[int, int], int] | None = None,
   impl: dispatch.Impl | None = None,
 ) -> jax.Array:
   """Sum over each token's experts of weight * SwiGLU expert.
@@ -60,6 +61,8 @@ def expert_parallel(
     chunks: most equal slices of a device's tokens, whose communication and
       products overlap: the largest number up to it that divides the tokens; 0
       leaves it to the cost model.
+    most: (tokens, experts) -> the most choices that so many tokens have of so
+      many experts, for which room is made; None is all of the tokens'.
     impl: kernel backend.
 
   Returns:
@@ -86,7 +89,7 @@ def expert_parallel(
     weights = [sharding.gathered(w, *axes) for w, axes in zip(weights, stored)]
     return _local(
       x_MD, index_MX, weight_MX, *weights,
-      strategy=strategy, chunks=chunks, impl=impl,
+      strategy=strategy, chunks=chunks, most=most, impl=impl,
     )  # fmt: skip
 
   matrices = wi_0_EDF, wi_1_EDF, wo_EFD
@@ -126,21 +129,22 @@ def on_tokens(
 
 def _local(
   x_MD, index_MX, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD,
-  *, strategy, chunks, impl,
+  *, strategy, chunks, most, impl,
 ):  # fmt: skip
   """What one device does; sums over the `tensor` axis at the end."""
   weights = wi_0_EDF, wi_1_EDF, wo_EFD
   sizes = sharding.axis_sizes()
+  rows = _rows(most, index_MX, wi_0_EDF)
   if not sizes:
     return pallas_kernels.experts(
-      x_MD, index_MX, weight_MX, *weights, impl=impl
+      x_MD, index_MX, weight_MX, *weights, rows=rows, impl=impl
     )
   # Every operand differs over every axis from here on, so that custom
   # derivatives inside see one kind of value; the transposes sum for us.
   tokens = [sharding.varying(x) for x in (x_MD, index_MX, weight_MX)]
   weights = [sharding.varying(w) for w in weights]
   if sizes['expert'] == 1:  # nothing to choose: all experts are here
-    y_MD = pallas_kernels.experts(*tokens, *weights, impl=impl)
+    y_MD = pallas_kernels.experts(*tokens, *weights, rows=rows, impl=impl)
   else:
     layer = cost.Layer.of(x_MD, index_MX, wi_0_EDF, sizes['expert'])
     named = strategy == 'direct'
@@ -148,7 +152,7 @@ def _local(
     every = cost.STRATEGIES if refusal else cost.WITH_DIRECT
     strategies = every if strategy == 'auto' else (strategy,)
     strategy, chunks = _choose(strategies, chunks, layer, refusal)
-    run = functools.partial(STRATEGIES[strategy], chunks, impl=impl)
+    run = functools.partial(STRATEGIES[strategy], chunks, most, impl=impl)
     y_MD = run(*tokens, *weights)
   return jax.lax.psum(y_MD, 'tensor')
 
@@ -161,7 +165,7 @@ def _direct_refusal(dtype, layer: cost.Layer, impl, named: bool) -> str | None:
   if impl not in (None, 'mosaic_gpu'):
     return f'is of mosaic_gpu, not of {impl}'
   return expert_kernels.split_refusal(
-    dtype, (layer.width, layer.hidden), layer.top_k, named=named
+    dtype, (layer.width, layer.hidden), named=named
   )
 
 
@@ -217,9 +221,19 @@ def _announce(layer: cost.Layer, kind: str, choice: cost.Choice) -> None:
     )
 
 
-def _gather(chunks, x_MD, index_MX, weight_MX, *weights, impl):
-  def layer(*tokens):
-    return exchange.layer(*tokens, *weights, impl=impl)
+def _rows(most, index_MX: jax.Array, w_EDF: jax.Array) -> int | None:
+  """Room for the choices of some tokens of some experts; None = all."""
+  if most is None:
+    return None
+  return min(most(len(index_MX), len(w_EDF)), index_MX.size)
+
+
+def _gather(chunks, most, x_MD, index_MX, weight_MX, *weights, impl):
+  def layer(x_MD, index_MX, weight_MX):
+    rows = _rows(most, index_MX, weights[0])
+    return exchange.layer(
+      x_MD, index_MX, weight_MX, *weights, rows=rows, impl=impl
+    )
 
   return gather(layer, weights[0].shape[0], chunks, x_MD, index_MX, weight_MX)
 
@@ -258,18 +272,26 @@ def gather(
   return jnp.concatenate(rows)
 
 
-def _direct(chunks, x_MD, index_MX, weight_MX, *weights, impl):
+def _direct(chunks, most, x_MD, index_MX, weight_MX, *weights, impl):
   parts = zip(*(jnp.split(z, chunks) for z in (x_MD, index_MX, weight_MX)))
-  rows = [
-    exchange.layer(*part, *weights, axis='expert', impl=impl or 'mosaic_gpu')
-    for part in parts
-  ]
-  return jnp.concatenate(rows)
+  ways, room = sharding.axis_sizes()['expert'], None
+  if most:
+    slots = ways * index_MX.size // chunks
+    room = min(most(ways * len(x_MD) // chunks, len(weights[0])), slots)
+  layer = functools.partial(
+    exchange.layer, rows=room, axis='expert', impl=impl or 'mosaic_gpu'
+  )
+  return jnp.concatenate([layer(*part, *weights) for part in parts])
+
+
+def _exchange(transport, chunks, most, *operands, impl):
+  del most  # it has room of its own
+  return exchange.run(transport, chunks, *operands, impl=impl)
 
 
 STRATEGIES = {
   'gather': _gather,
   'direct': _direct,
-  'exchange': functools.partial(exchange.run, 'exchange'),
-  'ragged': functools.partial(exchange.run, 'ragged'),
+  'exchange': functools.partial(_exchange, 'exchange'),
+  'ragged': functools.partial(_exchange, 'ragged'),
 }

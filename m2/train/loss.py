@@ -75,12 +75,24 @@ def loss_fn(
   """
   norm = totals(model, batch) if norm is None else norm
   output = transformer.forward(
-    model, params, batch['tokens'], batch['positions'], batch['until']
+    model,
+    params,
+    batch['tokens'],
+    batch['positions'],
+    batch['until'],
+    round_tokens=cfg.loss.round_tokens,
   )
   hidden_BTD, ahead = output.hidden_BTD, None
   # Before the head, and after it in the backward pass.
   if model.mtp_modules and cfg.loss.mtp:
-    ahead = mtp.loss(model, params, output, batch, chunk=cfg.loss.chunk)
+    ahead = mtp.loss(
+      model,
+      params,
+      output,
+      batch,
+      chunk=cfg.loss.chunk,
+      round_tokens=cfg.loss.round_tokens,
+    )
     ahead, hidden_BTD = order.together((ahead, hidden_BTD))
   logp_BT, entropy_BT, logz_BT = logprob.from_hidden(
     params, hidden_BTD, batch['targets'], chunk=cfg.loss.chunk

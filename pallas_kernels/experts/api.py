@@ -77,11 +77,10 @@ def experts(
     raise ValueError(f'{axis=}: experts that are split take no transposed ones')
   if not index_MX.size:
     return jnp.zeros_like(x_MD)
-  choices = index_MX.shape[1]
   refusals = {
     'mosaic_gpu': mosaic_gpu.refusal(x_MD.dtype, widths)
     if axis is None
-    else split_refusal(x_MD.dtype, widths, choices, named=impl is not None),
+    else split_refusal(x_MD.dtype, widths, named=impl is not None),
     'mosaic_tpu': mosaic_tpu.refusal(x_MD.dtype, widths),
   }
   table = TRANSPOSED if transposed else BACKENDS
@@ -90,19 +89,18 @@ def experts(
 
 
 def split_refusal(
-  dtype: jnp.dtype, widths: tuple[int, int], choices: int, *, named: bool
+  dtype: jnp.dtype, widths: tuple[int, int], *, named: bool
 ) -> str | None:
   """Why GPUs cannot write each other's rows for such a layer, or None.
 
   Args:
     dtype: of the tokens.
     widths: D, F.
-    choices: X.
     named: it is asked for, and so on more GPUs than it ever ran on.
   """
   return (
     mosaic_gpu.refusal(dtype, widths)
-    or links_gpu.refusal(dtype, widths[0], choices)
+    or links_gpu.refusal(dtype, widths[0])
     or (None if named else _untried())
   )
 

@@ -32,9 +32,9 @@ SIDE = 256  # values of a copy of arrays whose rows are too short for one
 SHORT = 1 << 10  # bytes of a row that is
 
 
-def refusal(dtype: jnp.dtype, width: int, choices: int) -> str | None:
+def refusal(dtype: jnp.dtype, width: int) -> str | None:
   """Why these kernels cannot serve such a layer here, or None."""
-  if reason := moves.rows_refusal(dtype, width, choices):
+  if reason := moves.rows_refusal(dtype, width):
     return reason
   if jax.process_count() > 1:
     return 'writes into the memory of GPUs of one process, not of several'

@@ -184,9 +184,9 @@ def _check_rows(name: str, z: jax.Array, count: int, kind: str) -> None:
 
 
 def _moves(operation, z, plan, impl) -> layout.Moves:
-  width, choices = z.shape[1], plan.place_MX.shape[1]
+  width = z.shape[1]
   refusals = {
-    'mosaic_gpu': mosaic_gpu.rows_refusal(z.dtype, width, choices),
+    'mosaic_gpu': mosaic_gpu.rows_refusal(z.dtype, width),
     'mosaic_tpu': mosaic_tpu.refusal(z.dtype, width),
   }
   return dispatch.pick(operation, impl, MOVES, refusals)

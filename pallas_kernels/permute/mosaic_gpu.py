@@ -12,6 +12,7 @@ bandwidth busy.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -29,9 +30,9 @@ GROUPS = 64  # groups of a block, a swizzled tile's width
 WIDEST = 1024  # groups; XLA compares each with all others
 RANKERS = 128  # blocks of tokens; each carries its counts along its tokens
 WIDTH = 128  # rows come in multiples of this, one value a thread
-TOKEN_BYTES = 48 << 10  # of all rows of a token: two lie in shared memory
+TOKEN_BYTES = 48 << 10  # of a token's rows that are summed together
 GATHER_SLOTS, GATHER_AHEAD = 8, 4  # rows in shared memory; loads in flight
-COMBINE_SLOTS = 2  # tokens whose rows are in shared memory
+COMBINE_SLOTS = 2  # such sums whose rows are in shared memory
 RESIDENT = 2  # blocks a multiprocessor that move rows
 
 
@@ -42,17 +43,15 @@ def plan_refusal(groups: int) -> str | None:
   return hopper.refusal()
 
 
-def rows_refusal(dtype: jnp.dtype, width: int, choices: int) -> str | None:
+def rows_refusal(dtype: jnp.dtype, width: int) -> str | None:
   """Why these kernels cannot move such rows here, or None."""
   if dtype not in (jnp.bfloat16, jnp.float32):
     return f'moves bfloat16 or float32, not {dtype}'
   if width % WIDTH:
     return f'needs rows in multiples of {WIDTH}, not {width}'
   row = width * dtype.itemsize
-  if choices * row > TOKEN_BYTES:
-    return (
-      f'needs the rows of a token in {TOKEN_BYTES} bytes, not {choices * row}'
-    )
+  if row > TOKEN_BYTES:
+    return f'needs a row in {TOKEN_BYTES} bytes, not {row}'
   if (GATHER_SLOTS + 1) * row > hopper.SHARED:
     most = hopper.SHARED // (GATHER_SLOTS + 1)
     return f'needs a row in {most} bytes, not {row}'
@@ -333,10 +332,12 @@ def combine(
 
 def combine_scratch(choices: int, box: tuple[int, int], dtype) -> dict:
   """What `combine_tokens` needs of shared memory and barriers."""
+  most = TOKEN_BYTES // (math.prod(box) * jnp.dtype(dtype).itemsize)
+  together = pl.cdiv(choices, pl.cdiv(choices, most))
   return {
-    'ring': plgpu.SMEM((COMBINE_SLOTS, choices, *box), dtype),
+    'ring': plgpu.SMEM((COMBINE_SLOTS, together, *box), dtype),
     'staging': plgpu.SMEM((2, *box), dtype),
-    'full': plgpu.Barrier(num_arrivals=choices, num_barriers=COMBINE_SLOTS),
+    'full': plgpu.Barrier(num_arrivals=together, num_barriers=COMBINE_SLOTS),
   }
 
 
@@ -374,33 +375,50 @@ def combine_tokens(
     y_ref: the rows.
     ring: as `combine_scratch` has it, and so are those that follow.
     staging: two rows on their way to memory.
-    full: one barrier a token's rows in shared memory.
+    full: one barrier a slot of the ring.
     count: tokens.
     number: index below `count` -> the token.
     target: index -> where its sum goes.
     added: index -> a row that is added to the sum, each.
   """
+  choices, together = place_ref.shape[1], ring.shape[1]
+  parts = pl.cdiv(choices, together)
 
-  def load(index):
-    slot, token = lax.rem(index, COMBINE_SLOTS), number(index)
-    for x in range(place_ref.shape[1]):
+  def load(index, part):
+    slot, token = lax.rem(index * parts + part, COMBINE_SLOTS), number(index)
+    for x in range(together):
       # Position P is past the end, where a bulk copy reads zeros.
-      position = place_ref[token, x]
+      choice = part * together + x
+      position = place_ref[token, min(choice, choices - 1)]
+      if choice >= choices:
+        position += y_ref.shape[0]
       plgpu.copy_gmem_to_smem(
         y_ref.at[position], ring.at[slot, x], full.at[slot]
       )
 
-  for index in range(COMBINE_SLOTS):
-    pl.when(index < count)(functools.partial(load, index))
+  def ahead(index, part):
+    """Loads what comes so many parts later as there are slots."""
+    tokens, part = divmod(part + COMBINE_SLOTS, parts)
+    pl.when(index + tokens < count)(lambda: load(index + tokens, part))
+
+  for unit in range(COMBINE_SLOTS):
+    ahead(0, unit - COMBINE_SLOTS)
 
   def token(index, _):
-    slot, half = lax.rem(index, COMBINE_SLOTS), lax.rem(index, 2)
+    half = lax.rem(index, 2)
     rows = [row(index) for row in added]  # on their way while others come
-    plgpu.barrier_wait(full.at[slot])
     total = jnp.zeros(staging.shape[1:], jnp.float32)
-    for x in range(place_ref.shape[1]):
-      row = ring[slot, x].astype(jnp.float32)
-      total += row if weight_ref is None else weight_ref[number(index), x] * row
+    for part in range(parts):
+      slot = lax.rem(index * parts + part, COMBINE_SLOTS)
+      plgpu.barrier_wait(full.at[slot])
+      first = part * together
+      for x in range(first, min(first + together, choices)):
+        row = ring[slot, x - first].astype(jnp.float32)
+        weighted = weight_ref is not None
+        total += weight_ref[number(index), x] * row if weighted else row
+      if part + 1 < parts:
+        plgpu.commit_smem()  # all threads have read the slot
+        ahead(index, part)
     for row in rows:
       total += row.astype(jnp.float32)
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -408,9 +426,7 @@ def combine_tokens(
     # All threads have read the slot once they are here.
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staging.at[half], target(index))
-    pl.when(index + COMBINE_SLOTS < count)(
-      functools.partial(load, index + COMBINE_SLOTS)
-    )
+    ahead(index, parts - 1)
 
   lax.fori_loop(0, count, token, None)
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -187,7 +187,7 @@ class RefusalTest(absltest.TestCase):
   def refusal(self, devices=None):
     over = mesh(devices or jax.device_count())
     with hopper_cases.hopper_here(), jax.set_mesh(over):
-      return mosaic_gpu.refusal(jnp.dtype('bfloat16'), 768, 8)
+      return mosaic_gpu.refusal(jnp.dtype('bfloat16'), 768)
 
   def test_all_devices_are_needed(self):
     if jax.device_count() < 2:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+from m2 import config
+from m2.model import transformer
 from m2.train import step
 from tests.train import small
 
@@ -87,6 +89,55 @@ class MeshTest(parameterized.TestCase):
     for part in ('blocks', 'mtp'):
       np.testing.assert_array_equal(
         one.params[part]['moe']['bias'], eight.params[part]['moe']['bias']
+      )
+
+
+class RoundingTest(parameterized.TestCase):
+  CFG = run_config(loss={'round_tokens': 16})
+
+  def test_every_expert_runs_whole_tiles(self):
+    batch = small.batch()
+    where = (batch[name] for name in ('tokens', 'positions', 'until'))
+    run = functools.partial(
+      transformer.forward, self.CFG.model, round_tokens=16
+    )
+    out = jax.jit(run)(small.weights(self.CFG.model), *where)
+    experts, top_k = self.CFG.model.experts, self.CFG.model.top_k
+    self.assertGreater(out.experts_LBTX.shape[-1], top_k)
+    for layer_BTX in np.asarray(out.experts_LBTX):
+      sizes_E = np.bincount(layer_BTX.ravel(), minlength=experts + 1)[:-1]
+      np.testing.assert_array_equal(sizes_E % 16, 0)
+      # Padding is dropped first.
+      padding = batch['until'] == 0
+      self.assertLess(
+        (layer_BTX[padding] < experts).mean(),
+        (layer_BTX[~padding] < experts).mean(),
+      )
+
+  def test_devices_that_share_experts_compute_what_one_does(self):
+    one, metrics = small.steps(self.CFG, 2)
+    plain, _ = small.steps(BASE, 2)
+    eight, others = small.steps(self.CFG, 2, config.MeshConfig(expert=8))
+    assert_close(one.params, eight.params, UPDATE_TOLERANCE)
+    for key in ('loss', 'ce', 'mtp', 'grad_norm', 'load_max', 'active'):
+      np.testing.assert_allclose(
+        metrics[key], others[key], rtol=UPDATE_TOLERANCE, err_msg=key
+      )
+    with self.assertRaises(AssertionError):
+      assert_close(one.params, plain.params, UPDATE_TOLERANCE)
+
+  def test_choices_that_are_replayed_are_not_rounded(self):
+    batch = small.batch()
+    where = [batch[name] for name in ('tokens', 'positions', 'until')]
+    params = small.weights(self.CFG.model)
+    experts_LBTX = np.zeros((1, *where[0].shape, 2), np.int32)
+    with self.assertRaisesRegex(ValueError, 'replayed are fixed'):
+      transformer.forward(
+        self.CFG.model,
+        params,
+        *where,
+        experts_LBTX=experts_LBTX,
+        round_tokens=16,
       )
 
 
