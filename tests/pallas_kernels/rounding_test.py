@@ -130,6 +130,8 @@ class RoundingTest(parameterized.TestCase):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
   def test_devices_that_share_experts_round_all_their_tokens(self):
+    if len(jax.devices()) < 4:
+      self.skipTest('needs four devices, as there are on CPUs')
     case = 64, 8, 2, 2, 16
     routing, rank_MX = chosen(case)
     run = functools.partial(
