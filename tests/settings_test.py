@@ -173,6 +173,12 @@ class RefusalTest(parameterized.TestCase):
       'have no gradient',
     )
 
+  def test_rounded_tokens_of_a_number_of_experts_that_varies(self):
+    self.refuse(
+      ['--config=configs/m2.py:e64,tiny', '--config.loss.round_tokens=128'],
+      'set model.min_k=2 to model.top_k=4',
+    )
+
   @parameterized.parameters(
     ('add_col=-1', 'tasks.skills.add_col=-1.0 must be >= 0'),
     ('fly=1', '--config.tasks.skills.fly=1: no such setting'),

@@ -155,6 +155,29 @@ def layer_parts(results: Sequence[dict[str, Any]]) -> str:
   return table(head, rows)
 
 
+def rounding(results: Sequence[dict[str, Any]]) -> str:
+  """The layer without and with token rounding."""
+  parts = {'choose': 'choices alone', **DIRECTIONS}
+  rows = [
+    [
+      parts[row['part']],
+      f'{row["tokens"]:,}',
+      row['routing'],
+      *(milliseconds(row, name) for name in ('top_k', 'rounded')),
+      *(f'{100 * row["changed"][x]:.1f}%' for x in ('dropped', 'added')),
+      result['device'],
+      commit(result),
+    ]
+    for result in results
+    for row in by_tokens(result)
+  ]
+  head = (
+    'layer', 'tokens', 'routing', 'top 8, ms', 'rounded, ms', 'dropped',
+    'added', 'device', 'commit',
+  )  # fmt: skip
+  return table(head, rows)
+
+
 def decode_experts(results: Sequence[dict[str, Any]]) -> str:
   """All experts on one device, evenly routed."""
 
@@ -262,6 +285,7 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
   'moe': moe,
   'route': route,
   'layer_parts': layer_parts,
+  'rounding': rounding,
   'decode_experts': decode_experts,
   'expert_parallel': expert_parallel,
   'tpu_kernels': tpu_kernels,
