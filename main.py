@@ -75,15 +75,16 @@ def main(_) -> None:
         '--workdir',
         1,
       )
-    before = kept.read_bytes() if rank == 0 and kept.exists() else b''
     if rank == 0:
+      put_back(kept)  # after a run that was killed
+      put_aside(kept)
       keep(kept, (CONFIG.value.to_json(indent=2) + '\n').encode())
   except OSError as error:
     stop(f'--workdir={workdir}: {error}', 1)
-  recorded = sizes(workdir)
   try:
     with contextlib.ExitStack() as undo:
-      undo.callback(restore, kept, before, recorded)
+      if rank == 0:
+        undo.callback(put_back, kept)
       run(config, workdir)
       undo.pop_all()
   except KeyboardInterrupt:  # training takes it itself: m2/train/signals.py
@@ -105,6 +106,7 @@ def main(_) -> None:
   if rank == 0:
     unread = settings.unread(config)
     with contextlib.suppress(OSError):
+      aside(kept).unlink(missing_ok=True)
       keep(workdir / 'unread.json', json.dumps(unread).encode())
     if named := [path for path in unread if given(path)]:
       print(f'no code read these settings: {", ".join(named)}', file=sys.stderr)
@@ -181,14 +183,32 @@ def in_use(workdir: pathlib.Path) -> bool:
 
 def sizes(workdir: pathlib.Path) -> dict[str, int]:
   """Bytes of what runs, and stages below them, record step by step."""
-  return {str(file): file.stat().st_size for file in workdir.rglob('*.jsonl')}
+  return {
+    str(file.relative_to(workdir)): file.stat().st_size
+    for file in workdir.rglob('*.jsonl')
+  }
 
 
-def restore(kept: pathlib.Path, before: bytes, recorded: dict) -> None:
-  """Puts a config back if nothing was recorded since: it is of what was."""
+def aside(kept: pathlib.Path) -> pathlib.Path:
+  """Where the config before lies while a run has not ended."""
+  return kept.with_name(f'{kept.name}.before')
+
+
+def put_aside(kept: pathlib.Path) -> None:
+  """Keeps a config, if there is one, below the sizes of what is recorded."""
+  if kept.exists():
+    recorded = json.dumps(sizes(kept.parent)).encode()
+    keep(aside(kept), recorded + b'\n' + kept.read_bytes())
+
+
+def put_back(kept: pathlib.Path) -> None:
+  """Puts it back if nothing was recorded since: it is of what was."""
   with contextlib.suppress(OSError):
-    if before and sizes(kept.parent) == recorded:
-      keep(kept, before)
+    if aside(kept).exists():
+      recorded, _, before = aside(kept).read_bytes().partition(b'\n')
+      if sizes(kept.parent) == json.loads(recorded):
+        keep(kept, before)
+      aside(kept).unlink()
 
 
 def keep(path: pathlib.Path, data: bytes) -> None:

@@ -28,6 +28,10 @@ class Outcome(enum.StrEnum):
 
   What the agent's artifact does in every replay is its own: one that exhausts
   the steps or the processor time it has is a SCORE that did not pass.
+
+  TAMPER is for workspaces whose agents can reach more than the artifact. SQL's
+  refuses such statements before they touch anything: an answer like any other,
+  and no outcome, or an agent that fails could leave every rate by trying one.
   """
 
   SCORE = 'score'  # the verifier judged the artifact

@@ -85,6 +85,19 @@ class VariantTest(parameterized.TestCase):
     self.assertEqual(model.min_share, 0.2)
     self.assertEqual(model.experts, 16 if 'tiny' in arg else 64)
 
+  def test_min_k_is_top_k_unless_given(self):
+    self.assertEqual(settings.ModelConfig().min_k, 8)
+    two = settings.ModelConfig(top_k=2)
+    settings.check(two)
+    self.assertEqual(two, settings.ModelConfig(top_k=2, min_k=2))
+    tiny = 'tiny,model.top_k=4'
+    self.assertEqual(self.model(f'{tiny},model.min_k=0').min_k, 4)
+    for min_k in (2, 5):
+      with self.assertRaisesRegex(
+        ValueError, f'model.min_k={min_k} .*model.top_k=4.* set model.min_k=0 '
+      ):
+        self.model(f'{tiny},model.min_k={min_k}')
+
   def test_words_commute_and_leaves_come_last(self):
     first, second = m2.get_config('e64,tiny'), m2.get_config('tiny,e64')
     self.assertEqual(first.to_dict(), second.to_dict())

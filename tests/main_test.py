@@ -205,6 +205,28 @@ class MainTest(parameterized.TestCase):
     kept = json.loads((workdir / 'config.json').read_text())
     self.assertEqual(kept['seed'], seed)
 
+  @parameterized.parameters(True, False)
+  def test_a_kill_leaves_the_config_of_what_is_recorded(self, recorded):
+    workdir = self.folder / f'killed-{recorded}'
+    workdir.mkdir()
+    (workdir / 'metrics.jsonl').write_text('{"step": 1}\n')
+    (workdir / 'config.json').write_text('{"seed": 1}')
+    run = self.failing(
+      workdir,
+      f'with open(workdir / "metrics.jsonl", "a") as file: '
+      f'file.write("x" * {int(recorded)})',
+      'import os, signal',
+      'os.kill(os.getpid(), signal.SIGKILL)',
+    )
+    self.assertEqual(run.returncode, -9, run.stderr)
+    # The next start puts it right, whatever comes of that.
+    run = self.failing(workdir, 'raise ValueError("no")')
+    self.assertEqual(run.returncode, 2, run.stderr)
+    kept = json.loads((workdir / 'config.json').read_text())
+    self.assertEqual(kept['seed'], 7 if recorded else 1)
+    names = {path.name for path in workdir.iterdir()}
+    self.assertEqual(names, {'config.json', 'metrics.jsonl', 'error.txt'})
+
   def test_outside_its_environment_it_says_how_to_enter_it(self):
     run = subprocess.run(
       [sys.executable, '-S', 'main.py', '--config=configs/m2.py:tiny'],

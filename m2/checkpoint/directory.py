@@ -178,18 +178,20 @@ def load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     try:
       return ocp.load_checkpointables(path, items)
     except Exception as error:  # Orbax and TensorStore raise many kinds
-      inner = root(error)
-      reason = (
-        str(inner)
-        if isinstance(inner, CheckpointError)
-        else (
-          f'{path} is corrupt: {" or ".join(items)} cannot be read: '
-          f'{summary(error)}'
-        )
-      )
+      reason = _reason(path, items, error)
       traceback.clear_frames(error.__traceback__)
-      gc.collect()  # abandoned coroutines complain here, not later
+    # Only now is nothing of the error left to hold abandoned coroutines: they
+    # complain here, not later.
+    gc.collect()
   raise CheckpointError(reason)
+
+
+def _reason(path: pathlib.Path, items: dict[str, Any], error: Exception) -> str:
+  inner = root(error)
+  if isinstance(inner, CheckpointError):
+    return str(inner)
+  names = ' or '.join(items)
+  return f'{path} is corrupt: {names} cannot be read: {summary(error)}'
 
 
 def _alone() -> ocp.Context:

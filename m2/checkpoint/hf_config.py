@@ -144,7 +144,6 @@ def read(path: str | os.PathLike) -> config.ModelConfig:
   if not errors:
     fields |= _rotary(tree, fields['head_dim'], errors)
   if not errors:
-    fields['min_k'] = fields['top_k']
     fields['mtp_modules'] = _modules(path, fields['layers'])
     cfg = config.ModelConfig(param_dtype='float32', **fields)
     try:

@@ -119,8 +119,8 @@ class RunConfig(base.Settings):
       errors.append(
         f'loss.mtp={self.loss.mtp} needs model.mtp_modules >= 1; it is 0'
       )
-    fixed = not self.model or self.model.min_k == self.model.top_k
-    if self.loss and self.loss.round_tokens and not fixed:
+    rounds = self.loss and self.loss.round_tokens
+    if rounds and self.model.min_k != self.model.top_k:
       errors.append(
         f'loss.round_tokens={self.loss.round_tokens} is for a fixed number of '
         f'experts a token: set model.min_k={self.model.min_k} to model.top_k='

@@ -19,7 +19,7 @@ class ModelConfig(base.Settings):
   experts: int = 256
   d_expert: int = 1536  # SwiGLU width of one expert
   top_k: int = 8  # experts selected per token
-  min_k: int = 8  # experts always used; the rest need `min_share`
+  min_k: int = 0  # experts always used, the rest need `min_share`; 0 = top_k
   min_share: float = 0.0  # of the selected weight, to use experts past min_k
   mtp_modules: int = 0  # multi-token-prediction modules (report 2.3)
   norm_eps: float = 1e-6
@@ -31,6 +31,12 @@ class ModelConfig(base.Settings):
   # auto | gather | ragged | exchange | direct; experts in FP8 always gather
   expert_strategy: str = 'auto'
   expert_chunks: int = 0  # most slices of tokens that overlap; 0 = auto
+
+  def __post_init__(self):
+    """Fills in `min_k`: everybody else sees the number."""
+    if object.__getattribute__(self, 'min_k') == 0:  # following is not using
+      top_k = object.__getattribute__(self, 'top_k')
+      object.__setattr__(self, 'min_k', top_k)
 
   def _check(self) -> None:
     base.positive(self, 'vocab d_model layers heads kv_heads head_dim experts')
@@ -53,8 +59,8 @@ class ModelConfig(base.Settings):
     )
     base.require(
       self.min_k <= self.top_k,
-      f'model.min_k={self.min_k} exceeds model.top_k={self.top_k}; set them '
-      'equal for a fixed number of active experts',
+      f'model.min_k={self.min_k} exceeds model.top_k={self.top_k}; set '
+      'model.min_k=0 for a fixed number of active experts',
     )
     base.require(
       0 <= self.min_share < 1, f'model.min_share={self.min_share} not in [0, 1)'
@@ -62,7 +68,8 @@ class ModelConfig(base.Settings):
     base.require(
       self.min_k == self.top_k or self.min_share > 0,
       f'model.min_k={self.min_k} below model.top_k={self.top_k} needs '
-      'model.min_share > 0, else it does nothing',
+      'model.min_share > 0, else it does nothing; set model.min_k=0 for a '
+      'fixed number of active experts',
     )
     base.choice(self, 'model', 'dtype', ('float32', 'bfloat16'))
     base.choice(self, 'model', 'param_dtype', ('float32', 'bfloat16'))

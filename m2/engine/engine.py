@@ -256,6 +256,11 @@ class Engine:
     with self._on_mesh():
       self._slots = self._slots.replace(left_B=self._slots.left_B * 0)
 
+  @property
+  def params(self) -> Any:
+    """The weights it samples with; with `engine.fp8`, experts in FP8."""
+    return self._params
+
   def warm_up(self, *, experts: bool = False) -> int:
     """Compiles every program, so that no step does; see `compiled`."""
     with self._on_mesh():

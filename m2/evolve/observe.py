@@ -26,7 +26,14 @@ _DEAD_EXPERTS = 0.25  # share of a layer's experts without a token
 _UPDATE_RANGE = (1e-6, 3e-2)
 _CLIPPED = 0.9  # share of steps whose gradient was clipped
 # Metrics of SFT, then of RL, that a finding cites.
-_CITED = ('ce', 'grad_norm', 'clipped', 'reward/passed', 'policy/entropy')
+_CITED = (
+  'ce',
+  'log_z',  # a head that drifts; where it settles depends on `loss.z`
+  'grad_norm',
+  'clipped',
+  'reward/passed',
+  'policy/entropy',
+)
 
 
 @dataclasses.dataclass(frozen=True)

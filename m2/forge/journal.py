@@ -3,8 +3,9 @@
 Names are grouped: `reward/`, `advantage/`, `group/`, `rollout/` and `env/`
 describe episodes; `policy/`, `ratio/`, `mismatch/`, `moe/` and `optim/` the
 update; `stale/` how old its samples were; `tree/`, `engine/`, `gateway/` and
-`perf/` what it cost. A step whose samples are all older than its weights has
-compared none of them: `mismatch/` is null then, and `-` on the console.
+`perf/` what it cost. `sync/checksum` says which weights the step ended with and
+the engine has. A step whose samples are all older than its weights has compared
+none of them: `mismatch/` is null then, and `-` on the console.
 """
 
 import dataclasses

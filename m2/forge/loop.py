@@ -65,6 +65,7 @@ def run(
     m2.train.journal.TrainingError: a loss or gradient is not finite, more
       often than `forge.bad_batches`; the checkpoints are sound.
     m2.forge.rollout.RolloutError: groups end without a verdict in a row.
+    m2.forge.sync.SyncError: the engine holds other weights than the trainer.
     m2.forge.pool.PoolError: the pool cannot be read or written.
     m2.checkpoint.store.CheckpointError: a checkpoint cannot be read or written.
     m2.train.signals.Stopped: a signal asked for it; the last step is saved.
@@ -251,10 +252,13 @@ def _train(
       if run.asked.raised:
         run.save(state, done - 1, left_out)
       continue
-    sync.to_engine(state.params, run.engine, done)
+    checksum = sync.to_engine(state.params, run.engine, done)
     rollouts.free()
     spent.update(sync=time.monotonic() - trained)
-    report = batch.report | {'optim/left_out': left_out}
+    report = batch.report | {
+      'optim/left_out': left_out,
+      'sync/checksum': checksum,
+    }
     run.journal.write(done, report, values, dict(spent))
     spent.clear()
     due = done % config.checkpoint.every == 0 or done == config.steps

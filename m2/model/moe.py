@@ -51,14 +51,14 @@ def route(
   count_BT: jax.Array,
   experts_BTX: jax.Array | None,
   round_tokens: int = 0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Scores, chosen experts and mixing weights of every token.
 
   Args:
     cfg: model shape.
     weights: what `Moe` declares.
     x_BTD: normalised hidden states.
-    count_BT: 0 for padding, which experts that drop tokens drop first.
+    count_BT: 0 for padding, which has no experts where tokens are rounded.
     experts_BTX: replay these choices instead of selecting; the weights still
       come from the live scores. A token's are distinct; values outside [0, E)
       choose none.
@@ -66,11 +66,12 @@ def route(
       leaves them.
 
   Returns:
-    score_BTE float32, index_BTX int32 (E = slot not used), weight_BTX float32;
-    with rounding there are spare slots in X.
+    score_BTE float32, index_BTX int32 (E = slot not used), weight_BTX float32,
+    and the choices before rounding; with rounding there are spare slots in X.
 
   Raises:
-    ValueError: replayed choices are to be rounded.
+    ValueError: what cannot be rounded: replayed choices, a number of experts
+      that varies, or tokens that do not fill a tile of each expert on average.
   """
   logit_BTE = sharding.project(
     'btd,de->bte',
@@ -88,44 +89,62 @@ def route(
     weight_BTX = sharding.manual(_replayed, (rows, rows), rows)(
       score_BTE, experts_BTX
     )
-    return score_BTE, experts_BTX, weight_BTX
+    return score_BTE, experts_BTX, weight_BTX, experts_BTX
 
   def local(score, bias, count):
     score_ME = score.reshape(-1, cfg.experts)
     if round_tokens:
       real_M1 = count.reshape(-1, 1) > 0
-      routing = _rounded(cfg, score_ME, bias, real_M1, round_tokens)
+      found = _rounded(cfg, score_ME, bias, real_M1, round_tokens)
     else:
-      routing = pallas_kernels.route(
+      index_MX, weight_MX = pallas_kernels.route(
         score_ME,
         bias,
         top_k=cfg.top_k,
         min_k=cfg.min_k,
         min_share=cfg.min_share,
       )
-    return tuple(part.reshape(*score.shape[:2], -1) for part in routing)
+      found = index_MX, weight_MX, index_MX
+    return tuple(part.reshape(*score.shape[:2], -1) for part in found)
 
   each = rows, sharding.spec(None), sharding.spec(*TOKENS[:2])
-  run = sharding.manual(local, each, (rows, rows))
+  run = sharding.manual(local, each, (rows,) * 3)
   return score_BTE, *run(score_BTE, weights['bias'], count_BT)
 
 
-def _rounded(cfg, score_ME, bias_E, real_M1, tile) -> pallas_kernels.Routing:
-  """Whole tiles of tokens for each expert, of all devices that share them."""
+def _rounded(cfg, score_ME, bias_E, real_M1, tile) -> tuple[jax.Array, ...]:
+  """Whole tiles of tokens for each expert, of all devices that share them.
+
+  Returns:
+    Choices and weights, and the own choices that there were before.
+  """
+  if cfg.min_k != cfg.top_k:
+    raise ValueError(f'round_tokens={tile} needs {cfg.min_k=} = {cfg.top_k=}')
   ways = sharding.axis_sizes().get('expert', 1)
-  spare = pallas_kernels.spare_choices(
-    ways * len(score_ME), cfg.experts, cfg.top_k, tile
+  tokens = ways * len(score_ME)
+  if tokens * cfg.top_k < cfg.experts * tile:
+    raise ValueError(
+      f'round_tokens={tile}: {tokens} tokens that are rounded together choose '
+      f'{cfg.top_k} experts each, which does not fill a tile for each of '
+      f'{cfg.experts}; set it to {tokens * cfg.top_k // cfg.experts} at most, '
+      'or raise the tokens of a microbatch on a device'
+    )
+  spare = pallas_kernels.spare_choices(tokens, cfg.experts, cfg.top_k, tile)
+  index_MX, weight_MX = pallas_kernels.route(
+    score_ME, bias_E, top_k=cfg.top_k + spare
   )
-  routing = pallas_kernels.route(score_ME, bias_E, top_k=cfg.top_k + spare)
-  rank_MX = jnp.take_along_axis(score_ME, routing.index_MX, axis=1)
-  return pallas_kernels.round_tokens(
-    routing,
-    jnp.where(real_M1, rank_MX, 0),
+  rank_MX = jnp.take_along_axis(score_ME, index_MX, axis=1)
+  rounded = pallas_kernels.round_tokens(
+    pallas_kernels.Routing(
+      jnp.where(real_M1, index_MX, cfg.experts), weight_MX
+    ),
+    rank_MX,
     cfg.experts,
     top_k=cfg.top_k,
     tile=tile,
     axis='expert' if ways > 1 else None,
   )
+  return *rounded, index_MX[:, : cfg.top_k]
 
 
 def _replayed(score_BTE: jax.Array, experts_BTX: jax.Array) -> jax.Array:
@@ -169,7 +188,7 @@ def mix(
     `load_E` assignments, `balance` auxiliary loss, `active` experts per token.
   """
   x_BTD = checkpoint_name(x_BTD, 'moe_in')
-  score_BTE, index_BTX, weight_BTX = route(
+  score_BTE, index_BTX, weight_BTX, own_BTX = route(
     cfg, weights, x_BTD, count_BT, experts_BTX, round_tokens
   )
   matrices = [weights[name] for name in ('wi_0', 'wi_1', 'wo')]
@@ -191,7 +210,8 @@ def mix(
       most=most,
     )
   out = {'experts_BTX': index_BTX}
-  out |= _load(cfg, score_BTE, index_BTX, count_BT)
+  # What the router wants is balanced, not what rounding makes of it.
+  out |= _load(cfg, score_BTE, own_BTX, count_BT)
   if want_stats:
     out['stats'] = _router_stats(score_BTE, count_BT)
   return y_BTD, out

@@ -263,8 +263,9 @@ def forward(
       every token that is not padding once.
     want_stats: fill `Output.stats`.
     round_tokens: rows of the tiles that each expert's tokens are rounded to
-      (`pallas_kernels.round_tokens`), for training alone; 0 leaves them. Routes
-      then have spare slots, and the mask is causal for all but routing.
+      (`pallas_kernels.round_tokens`), for training alone; 0 leaves them. Those
+      of devices that share experts are rounded together. Routes then have spare
+      slots, and later tokens decide on the experts of earlier ones, too.
 
   Raises:
     ValueError: a cache on a mesh that cuts rows (`mesh.context` above 1).

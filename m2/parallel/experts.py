@@ -62,7 +62,8 @@ def expert_parallel(
       products overlap: the largest number up to it that divides the tokens; 0
       leaves it to the cost model.
     most: (tokens, experts) -> the most choices that so many tokens have of so
-      many experts, for which room is made; None is all of the tokens'.
+      many experts, for which room is made; None is all of the tokens'. The
+      cost model, `exchange` and `ragged` go by all slots, used or not.
     impl: kernel backend.
 
   Returns:
@@ -134,17 +135,17 @@ def _local(
   """What one device does; sums over the `tensor` axis at the end."""
   weights = wi_0_EDF, wi_1_EDF, wo_EFD
   sizes = sharding.axis_sizes()
-  rows = _rows(most, index_MX, wi_0_EDF)
+  alone = functools.partial(
+    pallas_kernels.experts, rows=_rows(most, index_MX, wi_0_EDF), impl=impl
+  )
   if not sizes:
-    return pallas_kernels.experts(
-      x_MD, index_MX, weight_MX, *weights, rows=rows, impl=impl
-    )
+    return alone(x_MD, index_MX, weight_MX, *weights)
   # Every operand differs over every axis from here on, so that custom
   # derivatives inside see one kind of value; the transposes sum for us.
   tokens = [sharding.varying(x) for x in (x_MD, index_MX, weight_MX)]
   weights = [sharding.varying(w) for w in weights]
   if sizes['expert'] == 1:  # nothing to choose: all experts are here
-    y_MD = pallas_kernels.experts(*tokens, *weights, rows=rows, impl=impl)
+    y_MD = alone(*tokens, *weights)
   else:
     layer = cost.Layer.of(x_MD, index_MX, wi_0_EDF, sizes['expert'])
     named = strategy == 'direct'
@@ -221,11 +222,12 @@ def _announce(layer: cost.Layer, kind: str, choice: cost.Choice) -> None:
     )
 
 
-def _rows(most, index_MX: jax.Array, w_EDF: jax.Array) -> int | None:
-  """Room for the choices of some tokens of some experts; None = all."""
+def _rows(most, index_MX, w_EDF, devices: int = 1) -> int | None:
+  """Room for choices that the tokens of so many have here; None = all."""
   if most is None:
     return None
-  return min(most(len(index_MX), len(w_EDF)), index_MX.size)
+  slots = devices * index_MX.size
+  return min(most(devices * len(index_MX), len(w_EDF)), slots)
 
 
 def _gather(chunks, most, x_MD, index_MX, weight_MX, *weights, impl):
@@ -273,19 +275,16 @@ def gather(
 
 
 def _direct(chunks, most, x_MD, index_MX, weight_MX, *weights, impl):
-  parts = zip(*(jnp.split(z, chunks) for z in (x_MD, index_MX, weight_MX)))
-  ways, room = sharding.axis_sizes()['expert'], None
-  if most:
-    slots = ways * index_MX.size // chunks
-    room = min(most(ways * len(x_MD) // chunks, len(weights[0])), slots)
-  layer = functools.partial(
-    exchange.layer, rows=room, axis='expert', impl=impl or 'mosaic_gpu'
-  )
-  return jnp.concatenate([layer(*part, *weights) for part in parts])
+  devices, rows = sharding.axis_sizes()['expert'], []
+  for part in zip(*(jnp.split(z, chunks) for z in (x_MD, index_MX, weight_MX))):
+    room = _rows(most, part[1], weights[0], devices)
+    run = functools.partial(exchange.layer, rows=room, axis='expert')
+    rows.append(run(*part, *weights, impl=impl or 'mosaic_gpu'))
+  return jnp.concatenate(rows)
 
 
 def _exchange(transport, chunks, most, *operands, impl):
-  del most  # it has room of its own
+  del most  # its rooms go by the slots
   return exchange.run(transport, chunks, *operands, impl=impl)
 
 

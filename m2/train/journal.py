@@ -27,7 +27,7 @@ from m2.train import introspect
 
 SHOWN = ('loss', 'grad_norm')  # on the progress line
 # In an introspection record, beside what introspection is about.
-_RECORDED = ('loss', 'ce', 'z', 'guard/rewinds', 'guard/skipped')
+_RECORDED = ('loss', 'ce', 'z', 'log_z', 'guard/rewinds', 'guard/skipped')
 
 
 class TrainingError(Exception):

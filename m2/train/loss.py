@@ -66,12 +66,15 @@ def loss_fn(
     norm: normalisers of the whole batch; None takes those of `batch`. The
       losses of microbatches under one `norm` add up to the batch's loss,
       except for the balance term, which is not linear: it becomes the mean
-      over microbatches, by tokens.
+      over microbatches, by tokens; and with `loss.round_tokens` each rounds its
+      own.
 
   Returns:
     float32 scalar, and metrics that add up over microbatches: `loss`, `ce`,
-    `z`, `entropy`, `balance`, `mtp` (terms before their weights), `tokens`,
-    `weight` and `load`, a dict of expert assignments float32[layers, E].
+    `z`, `log_z`, `entropy`, `balance`, `mtp` (terms before their weights;
+    `log_z` is the mean log-partition in nats, of whose square `z` is the mean),
+    `tokens`, `weight` and `load`, a dict of expert assignments
+    float32[layers, E].
   """
   norm = totals(model, batch) if norm is None else norm
   output = transformer.forward(
@@ -102,6 +105,7 @@ def loss_fn(
   metrics = {
     'ce': -(logp_BT * share_BT).sum(),
     'z': (jnp.square(logz_BT) * share_BT).sum(),
+    'log_z': (logz_BT * share_BT).sum(),
     'entropy': (entropy_BT * share_BT).sum(),
     'balance': output.balance * tokens / norm.tokens,
     'tokens': tokens,

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import xla
+from pallas_kernels.attention import mosaic_tpu, xla
 
-BACKENDS = {'xla': xla.attention}
+BACKENDS = {'mosaic_tpu': mosaic_tpu.attention, 'xla': xla.attention}
 
 
 def attention(
@@ -61,7 +61,13 @@ def attention(
   causal = query_BT is None
   if causal:
     query_BT = jnp.broadcast_to(jnp.arange(queries)[None], q_BTNH.shape[:2])
-  run = dispatch.pick('attention', impl, BACKENDS)
+  rows = batch, queries, keys[1]
+  refusals = {
+    'mosaic_tpu': mosaic_tpu.refusal(
+      q_BTNH.dtype, q_BTNH.shape[3], rows, causal
+    )
+  }
+  run = dispatch.pick('attention', impl, BACKENDS, refusals)
   return run(
     q_BTNH,
     k_BSKH,

@@ -48,7 +48,7 @@ def attention(
     _cut(until_BS, 1),
     _cut(query_BT, 1, mode='edge'),
   )
-  o_RBKGPH = _attention(*_alike(*operands), name)
+  o_RBKGPH = _attention(*alike(*operands), name)
   o_BKGTH = jnp.moveaxis(o_RBKGPH, 0, 3).reshape(
     *q_BKGTH.shape[:3], -1, q_BKGTH.shape[4]
   )
@@ -65,7 +65,7 @@ def _cut(x: jax.Array, axis: int, mode: str = 'constant') -> jax.Array:
   return jnp.moveaxis(x.reshape(shape), axis, 0)
 
 
-def _alike(*xs: jax.Array) -> list[jax.Array]:
+def alike(*xs: jax.Array) -> list[jax.Array]:
   """Inside `shard_map`: marks all as differing over the same mesh axes.
 
   So that loops and the gradient below see one kind of value.
@@ -213,10 +213,19 @@ def _visits(until_CBW, query_RBP) -> tuple[jax.Array, jax.Array]:
   seen_RBC = (first_1C[:, None] <= query_RBP.max(2)[:, :, None]) & (
     query_RBP.min(2)[:, :, None] < until_CBW.max(2).T[None]
   )
-  seen_RC = seen_RBC.any(1)
+  return listed(seen_RBC.any(1))
+
+
+def listed(seen_RC: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The true entries of each row.
+
+  Returns:
+    int32[R, C], of which the first so many are their columns, rising, and how
+    many, int32[R].
+  """
   # The n-th of them comes after all those up to which fewer than n were seen.
   # Compared instead of sorted, which takes TPU compilers seconds.
   so_far_R1C = jnp.cumsum(seen_RC, axis=1, dtype=jnp.int32)[:, None]
-  index_1C1 = jnp.arange(until_CBW.shape[0])[None, :, None]
+  index_1C1 = jnp.arange(seen_RC.shape[1])[None, :, None]
   order_RC = (so_far_R1C <= index_1C1).sum(2, dtype=jnp.int32)
   return order_RC, seen_RC.sum(1, dtype=jnp.int32)

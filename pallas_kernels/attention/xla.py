@@ -38,21 +38,28 @@ def attention(
     scale: multiplies the scores.
     causal: query t has index t, so later keys can be skipped.
   """
-  batch, queries, heads, width = q_BTNH.shape
-  keys, kv_heads = k_BSKH.shape[1:3]
-  shape = (batch, queries, kv_heads, heads // kv_heads, width)
-  q_BKGTH = (q_BTNH * scale).reshape(shape).transpose(0, 2, 3, 1, 4)
-  v_BKSH = v_BSKH.transpose(0, 2, 1, 3)
+  queries, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+  q_BKGTH, k_BKSH, v_BKSH = by_head(q_BTNH, k_BSKH, v_BSKH, scale)
   if queries <= UNROLLED and queries * keys <= UNROLLED**2:
-    k_BKHS = k_BSKH.transpose(0, 2, 3, 1)
+    k_BKHS = k_BKSH.swapaxes(2, 3)
     o_BKGTH = _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal)
     o_BKGTH = checkpoint_name(o_BKGTH, NAME)
   else:
-    k_BKSH = k_BSKH.transpose(0, 2, 1, 3)
     o_BKGTH = blocks.attention(
       q_BKGTH, k_BKSH, v_BKSH, until_BS, query_BT, NAME
     )
   return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
+def by_head(
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scale: float
+) -> tuple[jax.Array, ...]:
+  """Scaled q_BKGTH, k_BKSH and v_BKSH."""
+  batch, queries, heads, width = q_BTNH.shape
+  kv_heads = k_BSKH.shape[2]
+  shape = (batch, queries, kv_heads, heads // kv_heads, width)
+  q_BKGTH = (q_BTNH * scale).reshape(shape).transpose(0, 2, 3, 1, 4)
+  return q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
 
 
 def _unrolled(q_BKGTH, k_BKHS, v_BKSH, until_BS, query_BT, causal):

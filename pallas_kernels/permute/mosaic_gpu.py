@@ -50,8 +50,6 @@ def rows_refusal(dtype: jnp.dtype, width: int) -> str | None:
   if width % WIDTH:
     return f'needs rows in multiples of {WIDTH}, not {width}'
   row = width * dtype.itemsize
-  if row > TOKEN_BYTES:
-    return f'needs a row in {TOKEN_BYTES} bytes, not {row}'
   if (GATHER_SLOTS + 1) * row > hopper.SHARED:
     most = hopper.SHARED // (GATHER_SLOTS + 1)
     return f'needs a row in {most} bytes, not {row}'

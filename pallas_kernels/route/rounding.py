@@ -8,6 +8,8 @@ token's experts depend on the other tokens of its batch, later ones too: it is
 for training alone.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -41,10 +43,11 @@ def round_tokens(
       of the choices. Equal ones prefer the first token.
     experts: number of experts E.
     top_k: own choices of a token.
-    tile: rows of a tile; 1 leaves the own choices as they are.
+    tile: rows of a tile; 1 leaves the own choices as they are. Experts with
+      less than half of one lose all their tokens.
     axis: inside `shard_map`, a mesh axis over whose devices the experts are
       split: the tokens of all of them are rounded together.
-    impl: backend of what counts and sorts; None picks the best.
+    impl: backend of `plan`, which ranks the choices; None picks the best.
 
   Returns:
     The choices, E where a slot is not used, and the weights of those that are
@@ -55,8 +58,9 @@ def round_tokens(
     ValueError: `top_k` is not from 1 to X, `tile` below 1, or ranks of another
       shape.
   """
-  index_MX, weight_MX = routing
-  choices = index_MX.shape[1]
+  index_MX, weight_MX, rank_MX = map(jnp.asarray, (*routing, rank_MX))
+  index_MX = index_MX.astype(jnp.int32)  # groups are twice as many
+  choices, tile = index_MX.shape[1], operator.index(tile)
   if not 0 < top_k <= choices or tile < 1:
     raise ValueError(f'need 0 < {top_k=} <= {choices} and {tile=} positive')
   if rank_MX.shape != index_MX.shape:
@@ -78,15 +82,16 @@ def round_tokens(
 
 
 def spare_choices(tokens: int, experts: int, top_k: int, tile: int) -> int:
-  """Spare choices a token that leave an expert twice what rounding up needs.
+  """Spare choices a token: on average twice what rounding up needs.
 
   Args:
     tokens: M, of all that are rounded together.
     experts: E.
-    top_k: own choices of a token; no more than as many are spare.
+    top_k: own choices of a token; as many are spare at the most.
     tile: rows of a tile.
   """
-  return min(-(-experts * tile // tokens), top_k, experts - top_k)
+  needed = -(-experts * tile // max(tokens, 1))
+  return min(needed, top_k, experts - top_k)
 
 
 def rounded_rows(tokens: int, experts: int, top_k: int, tile: int) -> int:
@@ -110,8 +115,11 @@ def _kept(index_MX, rank_MX, experts, top_k, tile, impl) -> jax.Array:
   )
   # Own choices of an expert are one group, its spare ones another.
   group_MX = jnp.where(used_MX, index_MX + experts * spare_MX, 2 * experts)
-  # No negative float32: their bits are integers of the same order.
-  bits_MX = jax.lax.bitcast_convert_type(rank_MX.astype(jnp.float32), jnp.int32)
+  # Bits of a float32 that is not negative are integers of the same order, and
+  # one key and one value XLA sorts by radix on a GPU.
+  bits_MX = jax.lax.bitcast_convert_type(
+    jnp.abs(rank_MX.astype(jnp.float32)), jnp.int32
+  )
   slot_P = jnp.arange(index_MX.size, dtype=jnp.int32)
   _, order_P = jax.lax.sort((-bits_MX.reshape(-1), slot_P), num_keys=1)
   # Stably by group, in the order of preference: places are ranks.

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import pathlib
 import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from unittest import mock
 
 import jax
@@ -203,6 +205,16 @@ class CorruptTest(parameterized.TestCase):
         self.assertNotIn('\n', str(error))
       file.write_bytes(whole)
     self.assertGreaterEqual(noticed, 8)
+
+  def test_what_cannot_be_read_leaves_no_warning(self):
+    """Of what Orbax had begun to read and then left."""
+    self.damage(self.folder / '20' / 'params' / '_METADATA', 'gone')
+    with warnings.catch_warnings(record=True) as warned:
+      warnings.simplefilter('always', RuntimeWarning)
+      with self.assertRaisesRegex(store.CheckpointError, 'cannot be read'):
+        self.restore()
+      gc.collect()
+    self.assertEmpty([str(warning.message) for warning in warned])
 
   def test_the_previous_one_is_used_when_asked(self):
     meta = self.folder / '20' / 'meta' / 'value.json'

@@ -7,6 +7,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
+from m2 import types
 from m2.envs.families import sql, sql_database
 from tests import clock
 
@@ -285,6 +286,24 @@ class GuardTest(parameterized.TestCase):
     self.assertEqual(good, 'ok')
     self.assertLen(workspace.scripts, 2)
     self.assertTrue(sql.verify(task, workspace.scripts).passed)
+
+  @parameterized.parameters(
+    'pragma', 'attach', 'schema_write', 'temp_shadow', 'view', 'trigger'
+  )
+  def test_what_is_refused_is_an_answer_and_no_tampering(self, attack):
+    task = sql.generate('add_col', 0, 'dev', 'x')
+
+    async def play():
+      async with sql.Workspace(task) as workspace:
+        scripts, _ = sql.controls(task)[attack]
+        answers = [await workspace.execute(script) for script in scripts]
+        return sorted(answers), workspace.scripts
+
+    (refused, done), artifact = asyncio.run(play())
+    self.assertStartsWith(refused, 'error: ')
+    self.assertEqual((done, artifact), ('ok', [sql.script_of(task)]))
+    passed = types.Verdict(types.Outcome.SCORE, True, 1.0)
+    self.assertEqual(sql.verify(task, artifact), passed)
 
 
 if __name__ == '__main__':

@@ -201,11 +201,15 @@ class ReadingsTest(parameterized.TestCase):
       self.rl,
       'metrics.jsonl',
       *({'step': n, 'ce': 5.0, 'clipped': 0.0} for n in range(1, 91)),
-      *({'step': n, 'ce': 2.0, 'clipped': 1.0} for n in range(91, 101)),
+      *(
+        {'step': n, 'ce': 2.0, 'clipped': 1.0, 'log_z': 9.0}
+        for n in range(91, 101)
+      ),
     )
     found = self.readings()
     self.assertIn('2 over the last 10 of 100 lines', found['ce'].value)
     self.assertFalse(found['clipped'].healthy)
+    self.assertIn('9 over the last 1 of 10 lines', found['log_z'].value)
 
   def test_what_is_not_finite_is_not_healthy(self):
     self.write(

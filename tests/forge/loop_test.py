@@ -5,14 +5,16 @@ import json
 import os
 import pathlib
 import signal
+import zlib
 from unittest import mock
 
 import jax
+import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
 from m2 import config, types
-from m2.checkpoint import store
+from m2.checkpoint import directory, store
 from m2.data import tokenizer
 from m2.forge import dataset, evaluate, loop, rollout
 from m2.model import params as model_params
@@ -166,6 +168,12 @@ class LoopTest(parameterized.TestCase):
       self.assertEqual(row['gateway/drifted'], 0)
       self.assertAlmostEqual(row['ratio/mean'], 1, delta=1e-3)
       self.assertGreater(row['tree/token_ratio'], 1.3)
+    # New weights in every step; the last are those of the checkpoint.
+    self.assertLen({row['sync/checksum'] for row in rows}, 12)
+    meta = store.read_meta(self.root / 'rl' / 'checkpoints' / '12')
+    saved = directory.of_params(meta).values()
+    sums = np.array([leaf['sum'] for leaf in saved], np.uint32)
+    self.assertEqual(rows[-1]['sync/checksum'], zlib.crc32(sums))
     records = (self.root / 'rl' / 'introspection.jsonl').read_text()
     self.assertEqual(
       [json.loads(line)['step'] for line in records.splitlines()],

@@ -88,6 +88,7 @@ class RoundingTest(parameterized.TestCase):
   def test_spare_choices_are_enough_to_round_up(self):
     tokens, experts, top_k, tile = 2048, 32, 4, 128
     spare = pallas_kernels.spare_choices(tokens, experts, top_k, tile)
+    self.assertEqual((spare, pallas_kernels.spare_choices(9, 8, 2, 9)), (2, 2))
     case = tokens, experts, top_k, spare, tile
     routing, rank_MX = chosen(case)
     own_E = np.bincount(routing.index_MX[:, :top_k].ravel(), minlength=experts)
@@ -96,6 +97,40 @@ class RoundingTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       sizes_E, (own_E + tile // 2) // tile * tile, str(own_E)
     )
+
+  def test_rounding_up_every_expert_fills_the_room(self):
+    tile, experts = 4, 3
+    own, spare = tile + tile // 2, tile // 2
+    index_MX = np.full((experts * own, 2), experts)
+    for expert in range(experts):
+      rows = slice(expert * own, (expert + 1) * own)
+      index_MX[rows, 0] = expert
+      index_MX[rows, 1][:spare] = (expert + 1) % experts
+    routing = pallas_kernels.Routing(index_MX, np.ones(index_MX.shape))
+    shape = len(index_MX), experts, 1, 1, tile
+    found = rounded(routing, np.ones(index_MX.shape), shape)
+    kept = (found.index_MX < experts).sum()
+    self.assertEqual(
+      kept, pallas_kernels.rounded_rows(len(index_MX), experts, 1, tile)
+    )
+
+  @parameterized.parameters('uint8', 'int16', 'uint32')
+  def test_indices_of_few_bits(self, dtype):
+    case = 300, 200, 2, 2, 2
+    routing, rank_MX = chosen(case)
+    few = routing._replace(index_MX=routing.index_MX.astype(dtype))
+    for got, want in zip(
+      rounded(few, rank_MX, case), rounded(routing, rank_MX, case)
+    ):
+      np.testing.assert_array_equal(got, want)
+
+  def test_no_tokens(self):
+    none = np.zeros((0, 3))
+    self.assertEqual(pallas_kernels.spare_choices(0, 8, 2, 4), 2)
+    found = rounded(
+      pallas_kernels.Routing(none.astype(np.int32), none), none, (0, 8, 2, 1, 4)
+    )
+    self.assertEqual(found.index_MX.shape, (0, 3))
 
   def test_a_token_that_loses_all_its_experts_weighs_nothing(self):
     routing = pallas_kernels.Routing(
@@ -153,6 +188,8 @@ class RoundingTest(parameterized.TestCase):
       run(rank_MX, top_k=2, tile=0)
     with self.assertRaisesRegex(ValueError, r'ranks \(33, 2\)'):
       run(rank_MX[:, :2], top_k=2, tile=4)
+    with self.assertRaisesRegex(TypeError, 'float'):
+      run(rank_MX, top_k=2, tile=2.5)
 
 
 if __name__ == '__main__':

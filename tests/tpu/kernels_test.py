@@ -24,7 +24,10 @@ SIZES = {
     'down_backward:32768:32',
   ),
 }  # fmt: skip
-OTHERS = 'gather:8192:256', 'combine:8192:256', 'route:8192:256'
+OTHERS = (
+  'gather:8192:256', 'combine:8192:256', 'route:8192:256',
+  'attention:8192:256',
+)  # fmt: skip
 MOST = 1.1  # bytes over the ideal
 # The bookkeeping of a plan, beside the work of the products.
 FLOPS_TOLERANCE = 1e-3

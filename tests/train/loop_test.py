@@ -120,6 +120,7 @@ class LoopTest(parameterized.TestCase):
     looked = lines(self.first, 'introspection')
     self.assertEqual([row['step'] for row in looked], [15, 30, STEPS])
     self.assertEqual(looked[0]['loss'], values[14])
+    self.assertEqual(looked[0]['log_z'], lines(self.first)[14]['log_z'])
     self.assertEqual(checkpoints(self.first), ['36', '40'])
     rows = lines(self.first)
     compiled = [row for row in rows if 'seconds_compile' in row]

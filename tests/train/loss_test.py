@@ -26,7 +26,7 @@ def run(cfg, batch, norm=None):
 
 
 def oracle(cfg, batch):
-  """Cross-entropy, squared log-partition and entropy, in float64."""
+  """Cross-entropy, log-partition, its square and entropy, in float64."""
   logits = tiny.logits(
     cfg.model,
     small.weights(cfg.model),
@@ -40,7 +40,7 @@ def oracle(cfg, batch):
   own = np.take_along_axis(logp, batch['targets'][..., None], -1)[..., 0]
   entropy = -(np.exp(logp) * logp).sum(-1)
   share = batch['weights'] / batch['weights'].sum()
-  return tuple((x * share).sum() for x in (-own, logz**2, entropy))
+  return tuple((x * share).sum() for x in (-own, logz, logz**2, entropy))
 
 
 class LossTest(parameterized.TestCase):
@@ -49,8 +49,9 @@ class LossTest(parameterized.TestCase):
     cfg = small.run_config(loss={'chunk': chunk, 'z': 0.01, 'balance': 0.5})
     batch = small.batch()
     total, metrics = run(cfg, batch)
-    ce, z, entropy = oracle(cfg, batch)
+    ce, log_z, z, entropy = oracle(cfg, batch)
     np.testing.assert_allclose(metrics['ce'], ce, rtol=TOLERANCE)
+    np.testing.assert_allclose(metrics['log_z'], log_z, rtol=TOLERANCE)
     np.testing.assert_allclose(metrics['z'], z, rtol=TOLERANCE)
     np.testing.assert_allclose(metrics['entropy'], entropy, rtol=TOLERANCE)
     expected = ce + 0.01 * z + 0.5 * metrics['balance']

@@ -1,6 +1,7 @@
 """One update: the same by microbatches and on a mesh, guarded, balanced."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
+import pallas_kernels
 from m2 import config
 from m2.model import transformer
 from m2.train import step
@@ -107,11 +109,66 @@ class RoundingTest(parameterized.TestCase):
     for layer_BTX in np.asarray(out.experts_LBTX):
       sizes_E = np.bincount(layer_BTX.ravel(), minlength=experts + 1)[:-1]
       np.testing.assert_array_equal(sizes_E % 16, 0)
-      # Padding is dropped first.
-      padding = batch['until'] == 0
-      self.assertLess(
-        (layer_BTX[padding] < experts).mean(),
-        (layer_BTX[~padding] < experts).mean(),
+      # Padding has no experts.
+      self.assertTrue((layer_BTX[batch['until'] == 0] == experts).all())
+
+  def test_the_load_is_that_of_the_routers_own_choices(self):
+    batch = small.batch()
+    where = [batch[name] for name in ('tokens', 'positions', 'until')]
+    load_LE, rounded_LE = (
+      jax.jit(
+        functools.partial(
+          transformer.forward, self.CFG.model, round_tokens=tile
+        )
+      )(small.weights(self.CFG.model), *where).load_LE
+      for tile in (0, 16)
+    )
+    np.testing.assert_array_equal(load_LE, rounded_LE)
+
+  def test_trunk_and_module_round(self):
+    with mock.patch.object(
+      pallas_kernels, 'round_tokens', wraps=pallas_kernels.round_tokens
+    ) as rounds:
+      jax.eval_shape(
+        lambda params, batch: step.gradients(
+          params, batch, model=self.CFG.model, cfg=self.CFG, step=jnp.int32(0)
+        ),
+        small.weights(self.CFG.model),
+        small.batch(),
+      )
+    tiles = [call.kwargs['tile'] for call in rounds.call_args_list]
+    self.assertLen(set(tiles), 1)
+    self.assertGreater(len(tiles), 1)
+
+  @parameterized.parameters(('exchange', 2), ('gather', 2))
+  @pytest.mark.heavy
+  def test_named_strategies_compute_what_one_device_does(
+    self, strategy, chunks
+  ):
+    one, _ = small.steps(self.CFG, 2)
+    cfg = small.run_config(
+      modules=1,
+      model={
+        'layers': 1,
+        'expert_strategy': strategy,
+        'expert_chunks': chunks,
+        'remat': 'block',
+      },
+      loss={'round_tokens': 16},
+    )
+    mesh = config.MeshConfig(expert=4, tensor=2)
+    others, _ = small.steps(cfg, 2, mesh)
+    assert_close(one.params, others.params, UPDATE_TOLERANCE)
+
+  def test_too_few_tokens_to_fill_tiles_are_an_error(self):
+    cfg = run_config(loss={'round_tokens': 64})
+    with self.assertRaisesRegex(ValueError, '128 tokens.*set it to 32 at most'):
+      jax.eval_shape(
+        lambda params, batch: step.gradients(
+          params, batch, model=cfg.model, cfg=cfg, step=jnp.int32(0)
+        ),
+        small.weights(cfg.model),
+        small.batch(),
       )
 
   def test_devices_that_share_experts_compute_what_one_does(self):
