@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -76,6 +76,59 @@ def target() -> jax.sharding.AbstractDevice | None:
 def device() -> jax.Device | jax.sharding.AbstractDevice:
   """A device of the mesh in use, or one of this host without a mesh."""
   return target() or jax.local_devices()[0]
+
+
+def narrow[Result](kernel: Callable[..., Result]) -> Callable[..., Result]:
+  """`kernel`, traced with numbers of 32 bits whatever the caller's have.
+
+  Where JAX is told to take 64, every Python number in a kernel's body would,
+  too, and neither matches the kernel's int32 nor is there on the device.
+  """
+
+  @functools.wraps(kernel)
+  def call(*operands):
+    with jax.enable_x64(False):
+      return kernel(*operands)
+
+  return call
+
+
+def underivable[Result](
+  operation: str, run: Callable[..., Result]
+) -> Callable[..., Result]:
+  """`run`, whose derivative in any positional array is an error.
+
+  For what a rule of differentiation calls: kernels have no derivative of their
+  own. Asked for one, Pallas fails without a reason or, where a kernel's operand
+  is made of a number's bits, takes it for zero.
+
+  Args:
+    operation: its name, for the message.
+    run: (*operands, **options); only arrays among the operands count.
+  """
+
+  @functools.wraps(run)
+  def guarded(*operands, **options):
+    operands = jax.tree.map(
+      lambda z: _guard(operation, z) if isinstance(z, jax.Array) else z,
+      operands,
+    )
+    return run(*operands, **options)
+
+  return guarded
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _guard(operation: str, z: jax.Array) -> jax.Array:
+  return z
+
+
+@_guard.defjvp
+def _refuse(operation, primals, tangents):
+  raise NotImplementedError(
+    f"{operation}: no kernel computes this derivative; impl='xla' has "
+    'derivatives of second order, too'
+  )
 
 
 @functools.cache

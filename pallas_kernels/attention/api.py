@@ -36,7 +36,8 @@ def attention(
 
   Raises:
     ValueError: shapes that do not match, or N is not a multiple of K.
-    NotImplementedError: a backend forced by name that cannot do this.
+    NotImplementedError: a backend forced by name that cannot do this, or a
+      second derivative, which kernels do not have; XLA does.
   """
   batch, queries, heads, _ = q_BTNH.shape
   keys = k_BSKH.shape[:2]

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles_tpu
+from pallas_kernels import dispatch, tiles_tpu
 from pallas_kernels.attention import blocks, xla
 from pallas_kernels.gmm import mosaic_tpu, stream_tpu
 
@@ -89,8 +89,8 @@ def attention(
     _pad(q_BKGTH, 3, layout.queries),
     _pad(k_BKSH, 2, layout.keys),
     _pad(v_BKSH, 2, layout.keys),
-    _pad(until_BS, 1, layout.keys),
-    _pad(query_BT, 1, layout.queries, mode='edge'),
+    _pad(until_BS.astype(jnp.int32), 1, layout.keys),
+    _pad(query_BT.astype(jnp.int32), 1, layout.queries, mode='edge'),
   )
   o_BKGTH = _attention(*operands, layout)[:, :, :, :queries]
   return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
@@ -209,7 +209,10 @@ def _backward(layout, kept, do_BKGTH):
   return dq_BKGTH, dk_BKSH, dv_BKSH, None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(
+  dispatch.underivable('attention', _forward),
+  dispatch.underivable('attention', _backward),
+)
 
 
 def _walk(
@@ -234,14 +237,9 @@ def _walk(
   table_N, count = _pairs(until_BS, query_BT, layout, by_key=by_key)
   per_row = queries // layout.queries, keys // layout.keys
   place, specs = _blocks(layout, groups, width, per_row, by_key)
-  given = (
-    'q',
-    'k',
-    'v',
-    'until',
-    'query',
-    *(('q', 'row', 'row') if more else ()),
-  )
+  given = ['q', 'k', 'v', 'until', 'query']
+  if more:
+    given += ['q', 'row', 'row']
   shapes = {
     'q': q_BKGTH.shape,
     'k': k_BKSH.shape,
@@ -251,7 +249,15 @@ def _walk(
   inputs = (
     q_BKGTH, k_BKSH, v_BKSH, until_BS[..., None], query_BT[:, None], *more,
   )  # fmt: skip
-  scores = layout.most * kv_heads * groups * layout.queries * layout.keys
+  visits = layout.most * kv_heads
+  scores = visits * groups * layout.queries * layout.keys
+  # A pair fetches the blocks that are summed over; those summed for stay.
+  value = q_BKGTH.dtype.itemsize
+  if by_key:
+    moved = visits * groups * layout.queries * (2 * width * value + 8)
+    moved += 4 * k_BKSH.size * value
+  else:
+    moved = (visits * 2 * layout.keys * width + 2 * q_BKGTH.size) * value
   call = pl.pallas_call(
     functools.partial(
       body,
@@ -273,13 +279,13 @@ def _walk(
     compiler_params=stream_tpu.params(layout.chip, 2),
     cost_estimate=pl.CostEstimate(
       flops=2 * products * scores * width,
-      bytes_accessed=sum(z.size * z.dtype.itemsize for z in inputs),
+      bytes_accessed=moved,
       transcendentals=scores,
     ),
     interpret=layout.chip.interpret,
     name=name,
   )
-  return call(table_N, *inputs)
+  return dispatch.narrow(call)(table_N, *inputs)
 
 
 def _blocks(layout, groups, width, per_row, by_key):

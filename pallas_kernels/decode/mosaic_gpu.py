@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.decode import plan as plans
 from pallas_kernels.decode import weights
@@ -166,7 +167,7 @@ def _product(
     thread_name='warpgroup',
   )
   operands = plan.table_4T, x_PK, *jax.tree.leaves(matrices)
-  return plans.varying_like(operands, kernel(*operands))
+  return plans.varying_like(operands, dispatch.narrow(kernel)(*operands))
 
 
 def fit(

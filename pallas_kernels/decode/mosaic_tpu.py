@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles_tpu
+from pallas_kernels import dispatch, tiles_tpu
 from pallas_kernels.decode import weights
 from pallas_kernels.decode import xla as loop
 from pallas_kernels.gmm import mosaic_tpu, stream_tpu
@@ -64,7 +64,7 @@ def dequantised(
   high, wide = rows // side, columns // side
   shape, dtype = (len(experts_I), rows, columns), jnp.dtype(dtype)
   block = (1, side, columns)
-  return pl.pallas_call(
+  call = pl.pallas_call(
     functools.partial(_kernel, blocks=wide),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
@@ -84,7 +84,8 @@ def dequantised(
     compiler_params=stream_tpu.params(chip, 2),
     interpret=chip.interpret,
     name='fp8_dequantise',
-  )(experts_I, w.values, w.scale_inv)
+  )
+  return dispatch.narrow(call)(experts_I, w.values, w.scale_inv)
 
 
 def _kernel(_, code_ref, scale_ref, out_ref, *, blocks: int):

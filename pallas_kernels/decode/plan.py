@@ -78,7 +78,7 @@ def make(index_MX: jax.Array, experts: int, tile: int) -> Plan:
   first_R = (group_R < experts) & (rank_R == 0)
   whole = span(tokens)
   padded_R = whole or (size_R + ALIGN - 1) & -ALIGN
-  padded_R = jnp.where(first_R, padded_R, 0)
+  padded_R = jnp.where(first_R, padded_R, 0).astype(jnp.int32)
   tiles_R = lax.div(padded_R + tile - 1, jnp.int32(tile))
   below_RR = group_R[None] < group_R[:, None]
   start_R, tile_R = _count(
@@ -102,7 +102,7 @@ def make(index_MX: jax.Array, experts: int, tile: int) -> Plan:
   if not whole:
     row_P = np.arange(rows(tokens, choices, experts, tile), dtype=np.int32)
     here_PR = row_P[:, None] == place_R[None]
-    source_P = jnp.where(here_PR, token_R[None], 0).sum(1)
+    source_P = jnp.where(here_PR, token_R[None], 0).sum(1, dtype=jnp.int32)
   return Plan(place_R.reshape(index_MX.shape), source_P, table_4T)
 
 

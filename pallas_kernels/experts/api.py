@@ -64,12 +64,14 @@ def experts(
 
   Raises:
     ValueError: shapes or dtypes that do not match; `transposed` with `axis`.
-    NotImplementedError: a backend forced by name that cannot do this.
+    NotImplementedError: a backend forced by name that cannot do this, or a
+      second derivative, which kernels do not have; XLA does.
   """
-  x_MD, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD = map(
-    jnp.asarray, (x_MD, weight_MX, wi_0_EDF, wi_1_EDF, wo_EFD)
+  x_MD, wi_0_EDF, wi_1_EDF, wo_EFD = map(
+    jnp.asarray, (x_MD, wi_0_EDF, wi_1_EDF, wo_EFD)
   )
   index_MX = jnp.asarray(index_MX, jnp.int32)
+  weight_MX = jnp.asarray(weight_MX, jnp.float32)
   matrices = wi_0_EDF, wi_1_EDF, wo_EFD
   widths = wi_0_EDF.shape[:0:-1] if transposed else wi_0_EDF.shape[1:]
   _check(x_MD, index_MX, weight_MX, *matrices, widths, transposed)
@@ -197,7 +199,10 @@ BACKENDS = {
 TRANSPOSED = {
   'mosaic_gpu': functools.partial(_turned, BACKENDS['mosaic_gpu']),
   'mosaic_tpu': functools.partial(
-    _fused, mosaic_tpu.TRANSPOSED, links_xla.LINKS, vjp.inference
+    _fused,
+    mosaic_tpu.TRANSPOSED,
+    links_xla.LINKS,
+    dispatch.underivable('experts', vjp.inference),
   ),
   'xla': functools.partial(_turned, BACKENDS['xla']),
 }

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import dispatch, hopper
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import vjp
 from pallas_kernels.gmm import (
@@ -145,7 +145,8 @@ def down_backward(
     blocks=blocks,
   )
   rows = dy_PD.shape[0]
-  end = layout.round_up(sizes_E.astype(jnp.int32), align).sum() + CLEAR
+  padded_E = layout.round_up(sizes_E.astype(jnp.int32), align)
+  end = padded_E.sum(dtype=jnp.int32) + CLEAR
   # A pass of its own; NOTES.md has why it is not the product's epilogue. Rows
   # of no group have a gradient of zeros, and `up` left zeros there.
   return _swiglu_backward(
@@ -196,7 +197,7 @@ def _swiglu_backward(
   operands = (z.reshape(rows, *box) for z in (dact_PF, gate_PF, up_PF))
   *found, dweight_P = (
     hopper.varying_like(dact_PF, z)
-    for z in kernel(end[None], weight_P, *operands)
+    for z in dispatch.narrow(kernel)(end[None], weight_P, *operands)
   )
   return *(z.reshape(rows, width) for z in found), dweight_P
 

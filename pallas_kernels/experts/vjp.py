@@ -210,4 +210,7 @@ def _backward(backend, impl, split, rows, residuals, dy_MD):
   )
 
 
-experts.defvjp(_forward, _backward)
+experts.defvjp(
+  dispatch.underivable('experts', _forward),
+  dispatch.underivable('experts', _backward),
+)

@@ -78,7 +78,8 @@ def grouped_matmul(
   Raises:
     ValueError: shapes or dtypes that do not match, no group, or `align` below
       1.
-    NotImplementedError: a backend forced by name that cannot do this.
+    NotImplementedError: a backend forced by name that cannot do this, or a
+      second derivative, which kernels do not have; XLA does.
   """
   x_MK, w_GKN, sizes_G = map(jnp.asarray, (x_MK, w_GKN, sizes_G))
   if x_MK.ndim != 2 or w_GKN.ndim != 3 or x_MK.shape[1] != w_GKN.shape[1]:
@@ -129,8 +130,10 @@ def weight_gradient(
   Raises:
     ValueError: shapes or dtypes that do not match, no group, or `align` below
       1.
-    NotImplementedError: a backend forced by name that cannot do this.
+    NotImplementedError: a backend forced by name that cannot do this, or a
+      derivative, which kernels do not have; XLA does.
   """
+  x_MK, dy_MN, sizes_G = map(jnp.asarray, (x_MK, dy_MN, sizes_G))
   if x_MK.ndim != 2 or dy_MN.ndim != 2 or len(x_MK) != len(dy_MN):
     raise ValueError(
       f'x {x_MK.shape} and dy {dy_MN.shape} do not contract: expected [M, K] '

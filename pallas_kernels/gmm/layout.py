@@ -102,7 +102,7 @@ def segments(
   sizes_G = sizes_G.astype(jnp.int32)
   padded_G = round_up(sizes_G, align)
   # The rows after the last group are one more group, which owns none of them.
-  tail_1 = rows - padded_G.sum(keepdims=True)
+  tail_1 = rows - padded_G.sum(keepdims=True, dtype=jnp.int32)
   if clear is not None:
     tail_1 = jnp.minimum(tail_1, clear)
   padded_R = jnp.concatenate([padded_G, tail_1])
@@ -115,8 +115,8 @@ def segments(
   # Sums of a comparison of all with all are one small kernel each on a GPU,
   # where a scan or a binary search is many.
   before_RR = jnp.tri(groups + 1, k=-1, dtype=jnp.int32)
-  start_R = (before_RR * padded_R[None]).sum(1)
-  first_R = (before_RR * count_R[None]).sum(1)
+  start_R = (before_RR * padded_R[None]).sum(1, dtype=jnp.int32)
+  first_R = (before_RR * count_R[None]).sum(1, dtype=jnp.int32)
   segment_S = jnp.arange(rows // (tile * members) + groups + 1, dtype=jnp.int32)
   end_R = first_R + count_R
   run_S = (end_R[None] <= segment_S[:, None]).sum(1, dtype=jnp.int32)

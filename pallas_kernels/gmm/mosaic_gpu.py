@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import dispatch, hopper
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.gmm import layout, panels, pipeline, slices, vjp
 
@@ -201,7 +201,8 @@ def weight_gradient(
     **pipeline.mesh('grouped_matmul_gradient', tiles, blocks),
   )
   start_G = layout.starts(sizes_G, align)
-  return hopper.varying_like(x_PK, kernel(start_G, sizes_G, x_PK, dy_PN))
+  dw_GKN = dispatch.narrow(kernel)(start_G, sizes_G, x_PK, dy_PN)
+  return hopper.varying_like(x_PK, dw_GKN)
 
 
 def _lookup(operation: str, depth: int, columns: int) -> tile_tables.Tiles:
@@ -358,4 +359,8 @@ def _store_columns(total, target, column, staging) -> None:
     plgpu.copy_smem_to_gmem(staged, target.at[:, columns])
 
 
-BACKEND = vjp.Backend(alignment, product, weight_gradient)
+BACKEND = vjp.Backend(
+  alignment,
+  dispatch.underivable('grouped_matmul', product),
+  dispatch.underivable('weight_gradient', weight_gradient),
+)

@@ -241,7 +241,7 @@ def weight_gradient(
     interpret=chip.interpret,
     name='grouped_matmul_gradient',
   )
-  return call(*plan, x_PK, dy_PN)
+  return dispatch.narrow(call)(*plan, x_PK, dy_PN)
 
 
 def gradient_tiles(
@@ -293,7 +293,7 @@ def _gradient_body(*refs, tiles):
         target = vmem.at[slot, inside]
         act(pltpu.make_async_copy(source, target, arrived.at[n, slot]))
 
-    stream_tpu.pieces(extent, tiles.rows, piece)
+    stream_tpu.pieces(extent, tiles.rows, x_hbm.shape[0], piece)
 
   def move_sum(group, act):
     slot = (group - first_group) & 1
@@ -400,4 +400,8 @@ def _for_parts(x_ref, rows, dy_ref, sum_ref, fresh, final, out_ref):
   pl.when(final)(lambda: put(out_ref))
 
 
-BACKEND = vjp.Backend(alignment, product, weight_gradient)
+BACKEND = vjp.Backend(
+  alignment,
+  dispatch.underivable('grouped_matmul', product),
+  dispatch.underivable('weight_gradient', weight_gradient),
+)

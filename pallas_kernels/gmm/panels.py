@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.gmm import gathered, layout, pipeline
 
@@ -141,7 +142,7 @@ def call(
     compiler_params=plgpu.CompilerParams(approx_math=True),
     **pipeline.mesh(name, form.tiles, blocks),
   )
-  return kernel(*plan, *operands, *ws)
+  return dispatch.narrow(kernel)(*plan, *operands, *ws)
 
 
 def _scratch(form: Form) -> dict:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles_tpu
+from pallas_kernels import dispatch, tiles_tpu
 from pallas_kernels.gmm import layout
 
 # What copies and group starts are cut to.
@@ -110,19 +110,21 @@ def _int32(tables: Plan) -> Plan:
   return jax.tree.map(lambda z: z.astype(jnp.int32), tables)
 
 
-def pieces(extent, tile: int, act: Callable) -> None:
+def pieces(extent, tile: int, rows: int, act: Callable) -> None:
   """Calls `act(offset, size)` on powers of two that make up `extent` rows.
 
-  Sizes of copies have to be known when the kernel is compiled.
+  Sizes of copies have to be known when the kernel is compiled; the interpreter
+  takes none of more than the array's `rows`, not even where it is never made.
   """
+  if tile <= rows:
 
-  @pl.when(extent == tile)
-  def _():
-    act(0, tile)
+    @pl.when(extent == tile)
+    def _():
+      act(0, tile)
 
   @pl.when(extent < tile)
   def _():
-    size = tile // 2
+    size = min(tile // 2, 1 << (rows.bit_length() - 1))
     while size >= ALIGN:
 
       @pl.when((extent & size) != 0)
@@ -224,7 +226,8 @@ def stream(
     interpret=chip.interpret,
     name=name,
   )
-  return call(*tables, *operands, *(m.values for m in matrices))
+  values = (m.values for m in matrices)
+  return dispatch.narrow(call)(*tables, *operands, *values)
 
 
 def _bytes(operands, matrices, outputs, blocks: int) -> int:
@@ -293,7 +296,7 @@ def _copies(tables, refs, axes, counts, tile_rows):
         target = vmem.at[slot, pl.ds(offset, size)]
         act(pltpu.make_async_copy(source, target, x_arrived.at[n, slot]))
 
-    pieces(extent, tile_rows, piece)
+    pieces(extent, tile_rows, x_hbm[0].shape[0], piece)
 
   def matrices(tile, act):
     slot = tables.turn_T[tile] & 1
@@ -314,7 +317,7 @@ def _copies(tables, refs, axes, counts, tile_rows):
         source = vmem.at[slot, pl.ds(offset, size)]
         act(pltpu.make_async_copy(source, target, y_left.at[n, slot]))
 
-    pieces(tables.extent_T[tile], tile_rows, piece)
+    pieces(tables.extent_T[tile], tile_rows, y_hbm[0].shape[0], piece)
 
   return rows, matrices, results, (x_vmem, w_vmem, y_vmem)
 

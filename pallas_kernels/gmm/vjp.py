@@ -42,7 +42,8 @@ def grouped_matmul(
   """See `pallas_kernels.gmm.api.grouped_matmul`."""
   rows, groups = x_MK.shape[0], w_GKN.shape[0]
   needed = backend.alignment(rows, groups, align)
-  if needed == align:
+  # Backends write whole steps of the alignment, and would miss what is over.
+  if needed == align and rows % align == 0:
     return _aligned(backend, align, out_dtype, x_MK, w_GKN, sizes_G)
   source_P, back_M = layout.spread(sizes_G, rows, needed, align)
   x_PK = x_MK.at[source_P].get(mode='fill', fill_value=0)
@@ -62,7 +63,7 @@ def weight_gradient(
   """See `pallas_kernels.gmm.api.weight_gradient`."""
   rows = x_MK.shape[0]
   needed = backend.alignment(rows, sizes_G.shape[0], align)
-  if needed != align:
+  if needed != align or rows % align:
     source_P, _ = layout.spread(sizes_G, rows, needed, align)
     x_MK, dy_MN = (
       z.at[source_P].get(mode='fill', fill_value=0) for z in (x_MK, dy_MN)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import dispatch, hopper
 from pallas_kernels.links import layout
 from pallas_kernels.permute import api as permute
 from pallas_kernels.permute import mosaic_gpu as moves
@@ -84,7 +84,7 @@ def gather(axis: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     kernel_name='all_gather_rows',
   )
   found = []
-  for x, y in zip(arrays, kernel(*items)):
+  for x, y in zip(arrays, dispatch.narrow(kernel)(*items)):
     y = y.reshape(devices, -1)[:, : x.size]
     y = y.reshape(devices * x.shape[0], *x.shape[1:])
     found.append(hopper.varying_like(x, y))
@@ -172,7 +172,8 @@ def combine(
     kernel_name='combine_scatter_rows',
   )
   weight_MX = weight_MX.astype(jnp.float32)
-  y_MD, _ = kernel(weight_MX, place_MX, y_PD.reshape(positions, *box))
+  y_PD = y_PD.reshape(positions, *box)
+  y_MD, _ = dispatch.narrow(kernel)(weight_MX, place_MX, y_PD)
   return hopper.varying_like(y_PD, y_MD.reshape(tokens, width))
 
 

@@ -16,13 +16,13 @@ from pallas_kernels.permute import layout, mosaic_gpu, mosaic_tpu, xla
 
 # On TPUs XLA sorts: there is no kernel of ours that places rows.
 PLANS = {
-  'mosaic_gpu': mosaic_gpu.plan,
+  'mosaic_gpu': dispatch.narrow(mosaic_gpu.plan),
   'mosaic_tpu': xla.plan,
   'xla': xla.plan,
 }
 MOVES = {
-  'mosaic_gpu': mosaic_gpu.MOVES,
-  'mosaic_tpu': mosaic_tpu.MOVES,
+  'mosaic_gpu': layout.of_kernels(mosaic_gpu.MOVES),
+  'mosaic_tpu': layout.of_kernels(mosaic_tpu.MOVES),
   'xla': xla.MOVES,
 }
 Plan = layout.Plan
@@ -82,7 +82,9 @@ def plan(
     return Plan(none_G, none_G, index_MX, jnp.zeros(places, jnp.int32))
   refusals = {'mosaic_gpu': mosaic_gpu.plan_refusal(groups)}
   run = dispatch.pick('plan', impl, PLANS, refusals)
-  return run(index_MX, groups, align, rows)
+  found = run(index_MX, groups, align, rows)
+  # XLA counts in int64 where JAX is told to; kernels read int32.
+  return Plan(*(z.astype(jnp.int32) for z in found))
 
 
 def gather(
@@ -103,7 +105,8 @@ def gather(
 
   Raises:
     ValueError: tokens that are not those of the plan.
-    NotImplementedError: a backend forced by name that cannot do this.
+    NotImplementedError: a backend forced by name that cannot do this, or a
+      second derivative, which kernels do not have; XLA does.
   """
   x_MD = jnp.asarray(x_MD)
   _check_rows('x', x_MD, len(plan.place_MX), 'tokens')
@@ -132,7 +135,8 @@ def combine(
 
   Raises:
     ValueError: rows or weights that are not those of the plan.
-    NotImplementedError: a backend forced by name that cannot do this.
+    NotImplementedError: a backend forced by name that cannot do this, or a
+      second derivative, which kernels do not have; XLA does.
   """
   y_PD, weight_MX = jnp.asarray(y_PD), jnp.asarray(weight_MX)
   _check_rows('y', y_PD, len(plan.source_P), 'positions')

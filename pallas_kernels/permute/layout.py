@@ -6,9 +6,13 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Int
 
+from pallas_kernels import dispatch
+
 
 class Plan(NamedTuple):
   """Where each (token, choice) goes; starts are multiples of the alignment.
+
+  All int32.
 
   Attributes:
     sizes_G: rows of each group.
@@ -38,6 +42,17 @@ class Moves(NamedTuple):
   gather: Callable[[jax.Array, Plan, int | None], jax.Array]
   combine: Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
   weight_gradient: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def of_kernels(moves: Moves) -> Moves:
+  """`moves` as kernels need it: see `dispatch.narrow` and `underivable`."""
+  names = 'gather', 'combine', 'combine'
+  return Moves(
+    *(
+      dispatch.underivable(name, dispatch.narrow(move))
+      for name, move in zip(names, moves)
+    )
+  )
 
 
 def positions(slots: int, groups: int, align: int) -> int:

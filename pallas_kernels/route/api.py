@@ -61,7 +61,8 @@ def route(
     )
   score_ME, bias_E = (z.astype(jnp.float32) for z in (score_ME, bias_E))
   if not len(score_ME):
-    return Routing(jnp.zeros((0, top_k), jnp.int32), jnp.zeros((0, top_k)))
+    none_MX = jnp.zeros((0, top_k), jnp.float32)
+    return Routing(none_MX.astype(jnp.int32), none_MX)
   refusals = {
     'mosaic_gpu': mosaic_gpu.refusal(experts, top_k),
     'mosaic_tpu': mosaic_tpu.refusal(experts, top_k),

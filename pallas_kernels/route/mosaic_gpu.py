@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import dispatch, hopper
 from pallas_kernels.route import vjp
 
 WARPS = 4  # of a warpgroup
@@ -80,7 +80,7 @@ def _choose(score_ME, bias_E, top_k, min_k, min_share):
     grid_names=('block',),
     kernel_name='route',
   )
-  outputs = kernel(score_ME, bias_E)
+  outputs = dispatch.narrow(kernel)(score_ME, bias_E)
   return tuple(hopper.varying_like(score_ME, x[:tokens]) for x in outputs)
 
 

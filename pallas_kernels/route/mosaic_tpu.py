@@ -1,8 +1,9 @@
 """Sigmoid top-k routing for TPUs, in Pallas Mosaic.
 
 A block holds a few hundred tokens with their experts on the lanes. A round
-finds each token's largest score and the lowest lane that has it, and takes it
-out; nothing is sorted. The same pass counts how often each expert was chosen.
+finds each token's largest score and the lowest free lane that has it, and takes
+it out; nothing is sorted. The same pass counts how often each expert was
+chosen.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import tiles_tpu
+from pallas_kernels import dispatch, tiles_tpu
 from pallas_kernels.gmm import mosaic_tpu, stream_tpu
 from pallas_kernels.route import vjp
 
@@ -108,7 +109,7 @@ def _choose(score_ME, bias_E, top_k, min_k, min_share, *, chip):
     interpret=chip.interpret,
     name='route',
   )
-  index_MX, weight_MX, count_CSE = call(score_ME, bias_1E)
+  index_MX, weight_MX, count_CSE = dispatch.narrow(call)(score_ME, bias_1E)
   count_E = count_CSE.sum((0, 1))[:experts].astype(jnp.int32)
   return index_MX[:tokens], weight_MX[:tokens], count_E
 
@@ -130,15 +131,20 @@ def _body(
   score = score_ref[...]
   # Lanes as floats: every unit that reduces across lanes takes those.
   lane = lax.broadcasted_iota(jnp.int32, (rows, wide), 1).astype(jnp.float32)
-  left = jnp.where(lane < experts, score + bias_ref[...], -jnp.inf)
+  left = score + bias_ref[...]
+  left = jnp.where(left == left, left, jnp.inf)  # no comparison finds a NaN
+  left = jnp.where(lane < experts, left, -jnp.inf)
+  # A bias of -inf is a score, too: what is taken is told by its lane.
+  free = jnp.where(lane < experts, lane, float(wide))
   indices, chosen = [], []
   for _ in range(top_k):
     best = left.max(1, keepdims=True)
-    index = jnp.where(left == best, lane, float(wide)).min(1, keepdims=True)
+    index = jnp.where(left == best, free, float(wide)).min(1, keepdims=True)
     hit = lane == index
     indices.append(index)
     chosen.append(jnp.where(hit, score, 0).sum(1, keepdims=True))
     left = jnp.where(hit, -jnp.inf, left)
+    free = jnp.where(hit, float(wide), free)
   keep = [True] * top_k
   if min_k < top_k:
     total = sum(chosen)

@@ -39,7 +39,8 @@ def _route(choose, top_k, min_k, min_share, score_ME, bias_E):
 
 
 def _forward(choose, top_k, min_k, min_share, score_ME, bias_E):
-  found = choose(score_ME, bias_E, top_k, min_k, min_share)
+  # By way of the rule, so that weights among the residuals have derivatives.
+  found = _route(choose, top_k, min_k, min_share, score_ME, bias_E)
   return found, (score_ME, *found[:2])
 
 

@@ -155,6 +155,26 @@ class MosaicTpuTest(parameterized.TestCase):
     want = product(x_MK, w_GKN, sizes_G, align=16, impl='xla')
     self.assert_close(y_MN, want, BF16_TOLERANCE)
 
+  @parameterized.named_parameters(
+    ('one_group_of_no_power_of_two', [41], 48),
+    ('rows_past_the_last_alignment', [10, 3], 33),
+  )
+  def test_any_number_of_rows(self, sizes, rows):
+    x_MK, w_GKN, sizes_G, dy_MN, inside_M1 = row_cases.operands(
+      sizes, 16, rows, 128, 128
+    )
+    product = functools.partial(
+      pallas_kernels.grouped_matmul, align=16, impl='mosaic_tpu'
+    )
+    args = (x_MK, w_GKN), dy_MN, sizes_G
+    got = programs.with_gradients(product, *args)
+    x_MK, w_GKN, dy_MN = row_cases.cleared(x_MK, w_GKN, dy_MN)
+    with jax.default_matmul_precision('highest'):
+      want = both(xla.BACKEND, x_MK, w_GKN, sizes_G, dy_MN, 16, jnp.float32)
+    for ours, spec in zip(got, want, strict=True):
+      self.assert_close(ours, spec, BF16_TOLERANCE)
+    self.assertFalse(np.float32(got[0])[~inside_M1[:, 0]].any())
+
   def test_keeps_the_axes_over_which_operands_differ(self):
     mesh = jax.make_mesh((1,), ('expert',))
     rows = jax.P('expert')

@@ -40,6 +40,7 @@ class GroupedMatmulTest(parameterized.TestCase):
     ('nothing', [0, 0, 0], 1, 5),
     ('aligned_8', [3, 0, 9, 1], 8, 48),
     ('aligned_16', [16, 1, 0, 20], 16, 96),
+    ('aligned_but_for_the_last_rows', [5], 8, 12),
     ('many_groups', [1, 0, 2, 3] * 16, 1, 100),
   )
   def test_equals_specification(self, sizes, align, rows):
@@ -108,6 +109,8 @@ class GroupedMatmulTest(parameterized.TestCase):
     f32 = x_MK.astype(np.float32), w_GKN.astype(np.float32)
     *_, want_GKN = programs.with_gradients(spec, f32, dy_MN, sizes_G)
     assert_close(self, dw_GKN, want_GKN, FP32_TOLERANCE)
+    from_numpy = ours(x_MK, dy_MN, sizes_G)
+    assert_close(self, from_numpy, want_GKN, FP32_TOLERANCE)
     with self.assertRaisesRegex(ValueError, 'do not contract'):
       api.weight_gradient(x_MK, dy_MN[:5], sizes_G)
 

@@ -61,6 +61,40 @@ class RouteMosaicTpuTest(parameterized.TestCase):
     for got, want in zip(found, wanted, strict=True):
       np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
+  @parameterized.named_parameters(
+    ('some', [0, 1, 3, 4, 6], 5, 5),
+    ('all', range(8), 8, 8),
+    ('adaptive', [0, 1, 3, 4, 6], 5, 2),
+  )
+  def test_masked_experts_are_the_last_choices(self, masked, top_k, min_k):
+    score_ME = np.random.default_rng(0).uniform(0.1, 1, (9, 8))
+    bias_E = np.zeros(8)
+    bias_E[list(masked)] = -np.inf
+    options = {'top_k': top_k, 'min_k': min_k, 'min_share': 0.2}
+    got, want = (
+      jax.jit(functools.partial(run, **options))(score_ME, bias_E)
+      for run in (functools.partial(route.route, chip=chip(1)), ref.route)
+    )
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1], want[1], atol=TOLERANCE)
+
+  def test_no_number_is_chosen_first_and_seen_in_the_weights(self):
+    score_ME = np.random.default_rng(0).uniform(size=(4, 8)).astype(np.float32)
+    score_ME[0, 5] = score_ME[1] = score_ME[2, 1:3] = np.nan
+    score_ME[3, 7] = -np.float32(np.nan)  # some arithmetic sets the sign
+    run = functools.partial(route.route, top_k=4, min_share=0.2, chip=chip(1))
+    for min_k in (4, 2):
+      options = {'min_k': min_k}
+      found = jax.jit(functools.partial(run, **options))(score_ME, np.zeros(8))
+      index_MX, weight_MX = map(np.asarray, found)
+      for m, first in enumerate(([5], [0, 1, 2, 3], [1, 2], [7])):
+        used = index_MX[m, :min_k]
+        np.testing.assert_array_equal(used[: len(first)], first[:min_k])
+        self.assertLen(set(used), min_k)
+        self.assertBetween(used.min(), 0, used.max())
+        self.assertLess(used.max(), 8)
+      self.assertTrue(np.isnan(weight_MX).all())
+
   def test_refuses_what_it_cannot_do(self):
     self.assertIsNone(route.refusal(256, 8))
     self.assertIn('1024', route.refusal(4096, 8))
