@@ -183,10 +183,11 @@ def in_use(workdir: pathlib.Path) -> bool:
 
 def sizes(workdir: pathlib.Path) -> dict[str, int]:
   """Bytes of what runs, and stages below them, record step by step."""
-  return {
-    str(file.relative_to(workdir)): file.stat().st_size
-    for file in workdir.rglob('*.jsonl')
-  }
+  found = {}
+  for file in workdir.rglob('*.jsonl'):
+    with contextlib.suppress(FileNotFoundError):  # gone, or a link to nothing
+      found[str(file.relative_to(workdir))] = file.stat().st_size
+  return found
 
 
 def aside(kept: pathlib.Path) -> pathlib.Path:
@@ -206,8 +207,9 @@ def put_back(kept: pathlib.Path) -> None:
   with contextlib.suppress(OSError):
     if aside(kept).exists():
       recorded, _, before = aside(kept).read_bytes().partition(b'\n')
-      if sizes(kept.parent) == json.loads(recorded):
-        keep(kept, before)
+      with contextlib.suppress(ValueError):  # cut short: nothing to go by
+        if sizes(kept.parent) == json.loads(recorded):
+          keep(kept, before)
       aside(kept).unlink()
 
 

@@ -40,6 +40,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       plan=settings.PlanConfig(),
     )
   )
+  config.model.min_k = 0  # follows top_k where that is set
   if 'e64' in words:
     config.model.experts = 64
     config.model.top_k = 4
@@ -52,7 +53,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
 def _shrink(config: ml_collections.ConfigDict) -> None:
   """A model of a few million parameters, and a run of minutes on two cores."""
-  fixed = config.model.min_k == config.model.top_k
+  fixed = not config.model.min_k
   config.model.update(
     vocab=1024,
     d_model=96,
@@ -68,7 +69,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     remat='none',
   )
   if fixed:  # where the number varies, its range is what e64 is about
-    config.model.update(top_k=2, min_k=2)
+    config.model.top_k = 2
   config.steps = 300
   config.mesh.update(fsdp=1, expert=1)
   config.optim.update(lr=3e-3, warmup=20)

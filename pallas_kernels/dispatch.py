@@ -126,8 +126,8 @@ def _guard(operation: str, z: jax.Array) -> jax.Array:
 @_guard.defjvp
 def _refuse(operation, primals, tangents):
   raise NotImplementedError(
-    f"{operation}: no kernel computes this derivative; impl='xla' has "
-    'derivatives of second order, too'
+    f"{operation}: no kernel computes this derivative; use impl='xla', which "
+    'is made of what JAX can derive'
   )
 
 

@@ -66,6 +66,11 @@ class ModelConfig(base.Settings):
       0 <= self.min_share < 1, f'model.min_share={self.min_share} not in [0, 1)'
     )
     base.require(
+      self.min_k < self.top_k or not self.min_share,
+      f'model.min_share={self.min_share} does nothing where model.min_k='
+      f'{self.min_k} is model.top_k; set it to 0, or min_k below',
+    )
+    base.require(
       self.min_k == self.top_k or self.min_share > 0,
       f'model.min_k={self.min_k} below model.top_k={self.top_k} needs '
       'model.min_share > 0, else it does nothing; set model.min_k=0 for a '

@@ -56,9 +56,10 @@ def per_token(
   layers, joins = cfg.layers + modules, modules * 2 * 2 * d * d
   again = training and cfg.remat != 'none'
   each = 3 + again if training else 1
-  # Two products forward, five backward; where the output is not kept, two
-  # more. Of long rows, only blocks in which a key is seen.
-  blocks = (4.5 if cfg.remat == 'full' else 3.5) if training else 1
+  # Two products forward, and backward three for queries and four for keys;
+  # where the output is not kept, two more. Of long rows, only blocks in which a
+  # key is seen.
+  blocks = (5.5 if cfg.remat == 'full' else 4.5) if training else 1
   heads = 4 if training else 1
   useful = (3 if training else 1) * (
     layers * (matrices + router + scores * seen) + joins + table

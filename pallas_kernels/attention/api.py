@@ -37,8 +37,12 @@ def attention(
   Raises:
     ValueError: shapes that do not match, or N is not a multiple of K.
     NotImplementedError: a backend forced by name that cannot do this, or a
-      second derivative, which kernels do not have; XLA does.
+      second derivative, which kernels do not have; XLA does (of rows past
+      1,024 forward over reverse alone).
   """
+  q_BTNH, k_BSKH, v_BSKH, until_BS = map(
+    jnp.asarray, (q_BTNH, k_BSKH, v_BSKH, until_BS)
+  )
   batch, queries, heads, _ = q_BTNH.shape
   keys = k_BSKH.shape[:2]
   query = (batch, queries) if query_BT is None else query_BT.shape
@@ -53,19 +57,22 @@ def attention(
       f'{until_BS.shape} and query {query} do not match: expected '
       '[B, T, N, H], [B, S, K, H] twice, [B, S] and [B, T]'
     )
+  if not q_BTNH.size or not k_BSKH.size:
+    return jnp.zeros_like(q_BTNH)
   if heads % k_BSKH.shape[2]:
     raise ValueError(
       f'{heads} query heads are not a multiple of {k_BSKH.shape[2]} key heads'
     )
-  if not q_BTNH.size or not k_BSKH.size:
-    return jnp.zeros_like(q_BTNH)
   causal = query_BT is None
   if causal:
     query_BT = jnp.broadcast_to(jnp.arange(queries)[None], q_BTNH.shape[:2])
   rows = batch, queries, keys[1]
   refusals = {
     'mosaic_tpu': mosaic_tpu.refusal(
-      q_BTNH.dtype, q_BTNH.shape[3], rows, causal
+      {z.dtype for z in (q_BTNH, k_BSKH, v_BSKH)},
+      q_BTNH.shape[3],
+      rows,
+      causal,
     )
   }
   run = dispatch.pick('attention', impl, BACKENDS, refusals)

@@ -30,6 +30,7 @@ from pallas_kernels.gmm import mosaic_tpu, stream_tpu
 QUERIES, KEYS = 256, 1024  # P and W, at the most
 PART = 128  # keys whose scores the forward kernel holds at a time
 LISTED = 1 << 17  # pairs, at the most: scalar memory holds their list
+DTYPES = 'bfloat16', 'float32'
 
 
 class Layout(NamedTuple):
@@ -49,24 +50,32 @@ class Layout(NamedTuple):
 
 
 def refusal(
-  dtype: jnp.dtype, width: int, rows: tuple[int, int, int], causal: bool
+  dtypes: set[jnp.dtype],
+  width: int,
+  rows: tuple[int, int, int],
+  causal: bool,
 ) -> str | None:
   """Why these kernels cannot attend here, or None.
 
   Args:
-    dtype: of queries, keys and values.
+    dtypes: of queries, keys and values.
     width: of a head.
     rows: B, T, S.
     causal: query t has index t.
   """
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    return f'takes bfloat16 or float32, not {dtype}'
+  if len(dtypes) > 1 or not dtypes <= {jnp.dtype(z) for z in DTYPES}:
+    found = ', '.join(sorted(map(str, dtypes)))
+    return f'takes bfloat16 alone or float32 alone, not {found}'
   if width % tiles_tpu.LANES:
     return f'needs heads in multiples of {tiles_tpu.LANES}, not {width}'
   if min(rows[1:]) < tiles_tpu.LANES:
-    return f'needs rows of {tiles_tpu.LANES}, not {rows[1:]}'
+    least = tiles_tpu.LANES
+    return f'needs {least} queries and keys at least, not {rows[1:]}'
   if (listed := _layout(None, *rows, causal).most) > LISTED:
-    return f'lists at most {LISTED} pairs of blocks, not {listed}'
+    return (
+      f'lists at most {LISTED} pairs of blocks, not {listed}: give a device '
+      'fewer rows'
+    )
   return mosaic_tpu.no_device()
 
 
@@ -121,8 +130,9 @@ def _pairs(
   """Pairs of blocks in which a key may be seen, and for each block one.
 
   Returns:
-    int32[most] and their number: (b * A + a) * Z + z of each pair, where a is
-    the block that is summed for and z the one that is summed over; rising.
+    int32[most + 1] and their number: (b * A + a) * Z + z of each pair, where a
+    is the block that is summed for and z the one that is summed over; rising.
+    What follows them is of no block.
   """
   batch = len(until_BS)
   query_BRP = query_BT.reshape(batch, -1, layout.queries)
@@ -146,7 +156,10 @@ def _pairs(
   sum_N, end_A = stream_tpu.segments(count_A, layout.most)
   index_N = jnp.arange(layout.most, dtype=jnp.int32) - (end_A - count_A)[sum_N]
   over_N = order_AZ.at[sum_N, index_N].get(mode='clip')
-  return sum_N * seen_AZ.shape[1] + over_N, end_A[-1]
+  table_N = sum_N * seen_AZ.shape[1] + over_N
+  beyond_N = jnp.arange(layout.most, dtype=jnp.int32) >= end_A[-1]
+  table_N = jnp.where(beyond_N, seen_AZ.size, table_N)
+  return jnp.append(table_N, seen_AZ.size), end_A[-1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -180,9 +193,7 @@ def _backward(layout, kept, do_BKGTH):
   """Gradients of queries, keys and values (arXiv 2205.14135, algorithm 4)."""
   *operands, o_BKGTH, lse_BKGT = kept
   q_BKGTH, k_BKSH, v_BKSH = operands[:3]
-  delta_BKGT = jnp.einsum(
-    'bkgth,bkgth->bkgt', do_BKGTH, o_BKGTH, preferred_element_type=jnp.float32
-  )
+  delta_BKGT = (do_BKGTH.astype(jnp.float32) * o_BKGTH).sum(-1)
   walk = functools.partial(
     _walk,
     layout=layout,
@@ -257,7 +268,10 @@ def _walk(
     moved = visits * groups * layout.queries * (2 * width * value + 8)
     moved += 4 * k_BKSH.size * value
   else:
-    moved = (visits * 2 * layout.keys * width + 2 * q_BKGTH.size) * value
+    # `until` is a column, and its row of 4 bytes padded to the lanes.
+    key = 2 * width * value + 4 * tiles_tpu.LANES
+    moved = visits * layout.keys * key
+    moved += (3 if more else 2) * q_BKGTH.size * value
   call = pl.pallas_call(
     functools.partial(
       body,
@@ -326,12 +340,11 @@ def _blocks(layout, groups, width, per_row, by_key):
 
 def _ends(table_ref, over: int) -> tuple[jax.Array, jax.Array]:
   """Whether this step is the first, and the last, of its sum."""
-  step, steps = pl.program_id(1), pl.num_programs(1)
+  step = pl.program_id(1)
   before, own, after = (
-    lax.div(table_ref[jnp.clip(step + by, 0, steps - 1)], over)
-    for by in (-1, 0, 1)
+    lax.div(table_ref[jnp.maximum(step + by, 0)], over) for by in (-1, 0, 1)
   )
-  return (step == 0) | (before != own), (step == steps - 1) | (after != own)
+  return (step == 0) | (before != own), after != own
 
 
 def _bias(table_ref, until_ref, query_ref, layout, place) -> jax.Array:
@@ -352,7 +365,7 @@ def _dot(a: jax.Array, b: jax.Array, contracted: str) -> jax.Array:
     a,
     b,
     (dims, ((), ())),
-    precision=lax.Precision.HIGHEST if full else None,
+    precision=lax.Precision.HIGHEST if full else lax.Precision.DEFAULT,
     preferred_element_type=jnp.float32,
   )
 

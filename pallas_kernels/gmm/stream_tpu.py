@@ -243,6 +243,7 @@ def dot(x: jax.Array, w: jax.Array, transpose: bool) -> jax.Array:
     x,
     w,
     (((1,), (1 if transpose else 0,)), ((), ())),
+    precision=lax.Precision.DEFAULT,  # whatever the caller's: of bfloat16
     preferred_element_type=jnp.float32,
   )
 

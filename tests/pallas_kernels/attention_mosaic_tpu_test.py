@@ -127,6 +127,7 @@ class AttentionTest(parameterized.TestCase):
     for by_key in (False, True):
       run = functools.partial(mosaic_tpu._pairs, layout=layout, by_key=by_key)
       table, count = jax.jit(run)(until, query)
+      self.assertEqual(int(table[int(count)]), exact.size)
       self.assertLessEqual(int(count), layout.most)
       listed = np.asarray(table)[: int(count)]
       self.assertTrue((np.diff(listed) > 0).all())
@@ -161,6 +162,22 @@ class AttentionTest(parameterized.TestCase):
     with small(128, 128):
       self.assertLess(kernels(xla.NAME), kernels('nothing'))
 
+  def test_under_vmap_and_the_highest_precision(self):
+    (q, k, v), _, until = case((2, 256, 256, 2, 1), 'causal', 'bfloat16')
+
+    def run(impl, q):
+      return pallas_kernels.attention(q, k, v, until, scale=0.3, impl=impl)
+
+    both = jnp.stack([q, 2 * q])
+    with small(128, 128), jax.default_matmul_precision('highest'):
+      got, want = (
+        jax.jit(jax.vmap(functools.partial(run, impl)))(both)
+        for impl in ('mosaic_tpu', 'xla')
+      )
+    np.testing.assert_allclose(
+      np.float32(got), np.float32(want), atol=TOLERANCE['bfloat16']
+    )
+
   def test_keeps_the_axes_over_which_rows_differ(self):
     (q, k, v), _, until = case((2, 128, 128, 2, 1), 'causal', 'float32')
     rows = jax.P('data')
@@ -182,11 +199,13 @@ class AttentionTest(parameterized.TestCase):
 
   def test_refuses_what_it_cannot_do(self):
     refusal = functools.partial(mosaic_tpu.refusal, causal=True)
-    rows, bf16 = (1, 512, 512), jnp.dtype('bfloat16')
+    rows, bf16 = (1, 512, 512), {jnp.dtype('bfloat16')}
+    mixed = bf16 | {jnp.dtype('float32')}
     self.assertIsNone(refusal(bf16, 128, rows))
-    self.assertIn('float16', refusal(jnp.dtype('float16'), 128, rows))
+    self.assertIn('not float16', refusal({jnp.dtype('float16')}, 128, rows))
+    self.assertIn('not bfloat16, float32', refusal(mixed, 128, rows))
     self.assertIn('multiples of 128, not 64', refusal(bf16, 64, rows))
-    self.assertIn('rows of 128', refusal(bf16, 128, (8, 1, 512)))
+    self.assertIn('128 queries', refusal(bf16, 128, (8, 1, 512)))
     self.assertIn('pairs of blocks', refusal(bf16, 128, (64, 1 << 18, 1 << 18)))
     with mock.patch.object(tiles_tpu, 'here', lambda: None):
       self.assertIn('interprets on CPUs', refusal(bf16, 128, rows))
