@@ -187,7 +187,10 @@ class AttentionTest(parameterized.TestCase):
         pallas_kernels.attention, scale=0.3, impl='mosaic_tpu'
       )
       y, pull = jax.vjp(lambda *z: run(*z, until), q, k, v)
-      return y, *pull(y)
+      found = y, *pull(y)
+      for z in found:
+        self.assertEqual(jax.typeof(z).mat.varying, {'data'})
+      return found
 
     with jax.set_mesh(jax.make_mesh((2,), ('data',))):
       operands = jax.device_put((q, k, v, jnp.asarray(until)), rows)
