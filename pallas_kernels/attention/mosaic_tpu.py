@@ -153,13 +153,12 @@ def _pairs(
     seen_BRC |= c_11C == jnp.minimum(diagonal_1R1, columns - 1)
   seen_AZ = seen_BRC.reshape(-1, seen_BRC.shape[2])
   order_AZ, count_A = blocks.listed(seen_AZ)
-  sum_N, end_A = stream_tpu.segments(count_A, layout.most)
-  index_N = jnp.arange(layout.most, dtype=jnp.int32) - (end_A - count_A)[sum_N]
+  sum_N, end_A = stream_tpu.segments(count_A, layout.most + 1)
+  number_N = jnp.arange(layout.most + 1, dtype=jnp.int32)
+  index_N = number_N - (end_A - count_A)[sum_N]
   over_N = order_AZ.at[sum_N, index_N].get(mode='clip')
-  table_N = sum_N * seen_AZ.shape[1] + over_N
-  beyond_N = jnp.arange(layout.most, dtype=jnp.int32) >= end_A[-1]
-  table_N = jnp.where(beyond_N, seen_AZ.size, table_N)
-  return jnp.append(table_N, seen_AZ.size), end_A[-1]
+  pair_N = sum_N * seen_AZ.shape[1] + over_N
+  return jnp.where(number_N < end_A[-1], pair_N, seen_AZ.size), end_A[-1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
