@@ -64,7 +64,10 @@ def freed(tiles) -> plgpu.Barrier | plgpu.ClusterBarrier:
   """Barriers of the slots that may be filled again.
 
   A slot is free once the consumers of the whole cluster have read it, since
-  what its members share is copied into the slots of all.
+  what its members share is copied into the slots of all. There one thread of a
+  warpgroup arrives, so its four warps must have met before: by wgmma, or by a
+  barrier. A warp that has not seen its slot filled when it is filled again
+  waits for a phase that never comes.
   """
   if tiles.cluster > 1:
     return plgpu.ClusterBarrier(
@@ -211,6 +214,7 @@ def skip(steps, ring, full, empty, tiles, arrived=None):
     plgpu.barrier_wait(full.at[slot])
     if arrived is not None:
       arrived(ring + index)
+    plgpu.commit_smem()  # all four warps have seen it; see `freed`
     plgpu.barrier_arrive(empty.at[slot])
 
   lax.fori_loop(0, steps, body, None)

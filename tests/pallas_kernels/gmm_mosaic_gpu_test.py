@@ -14,7 +14,8 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from pallas_kernels import tiles as tile_tables
-from pallas_kernels.gmm import api, layout, mosaic_gpu, ref, vjp
+from pallas_kernels.experts import mosaic_gpu as experts
+from pallas_kernels.gmm import api, gathered, layout, mosaic_gpu, ref, vjp
 from tests.pallas_kernels import hopper_cases, programs, row_cases
 
 BF16_TOLERANCE = 5e-3  # in norm: one rounding of the result
@@ -116,6 +117,34 @@ class MosaicGpuTest(parameterized.TestCase):
     for _ in range(5):
       for a, b in zip(first, run(x_MK, w_GKN)):
         np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+  def test_blocks_without_rows_hold_nobody_up(self):
+    if jax.default_backend() != 'gpu':
+      self.skipTest('the interpreter has one warp a warpgroup; a GPU has four')
+    # Nine pairs of tiles of 136 rows hold a group, and the last has no rows.
+    size, groups, wide, hidden = 17 * 136, 32, 3072, 1536
+    keys = jax.random.split(jax.random.key(0), 2)
+    w_GKN = jax.random.normal(keys[0], (groups, wide, hidden), jnp.bfloat16)
+    x_MK = jax.random.normal(keys[1], (size * groups, wide), jnp.bfloat16)
+    sizes_G = jnp.full(groups, size, jnp.int32)
+    source_P = jnp.arange(size * groups, dtype=jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(looked_up, x, w, sizes, source):
+      if not looked_up:
+        return mosaic_gpu.product(
+          x, w, sizes, align=8, transpose=False, out_dtype=x.dtype
+        )
+      rows = gathered.Rows(x, source, 1)
+      *_, y = experts.up(rows, w, w, sizes, align=8, save=False)
+      return y
+
+    for looked_up in (False, True):
+      operands = looked_up, x_MK, w_GKN, sizes_G, source_P
+      first = run(*operands)
+      for _ in range(200):
+        y_MN = run(*operands)
+      np.testing.assert_array_equal(np.float32(y_MN), np.float32(first))
 
   @parameterized.product(
     operation=('product', 'transposed', 'weight_gradient'),
