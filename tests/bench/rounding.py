@@ -1,7 +1,7 @@
 """What token rounding saves of the expert layer, and what it costs.
 
     python -m tests.bench.rounding [--tokens T ...] [--tiles R ...]
-      [--routings R ...] [--out FOLDER]
+      [--routings R ...] [--part NAME] [--out FOLDER]
 
 Needs one Hopper GPU and PyTorch. Both contenders start from the scores of all
 experts: `top_k` chooses M2's 8 and runs the layer; `rounded` chooses spare ones
@@ -128,6 +128,7 @@ def main() -> None:
   )
   parser.add_argument('--tiles', type=int, nargs='*', default=[128])
   parser.add_argument('--routings', nargs='*', default=list(ROUTINGS))
+  parser.add_argument('--part', default='')
   flags = parser.parse_args()
   if refusal := mosaic_gpu.refusal(
     jnp.dtype('bfloat16'), (moe.WIDE, moe.HIDDEN)
@@ -144,6 +145,7 @@ def main() -> None:
         rows,
         command=record.command('rounding'),
         folder=flags.out,
+        part=flags.part,
       )
   print(path)
 
