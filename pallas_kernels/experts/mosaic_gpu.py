@@ -280,15 +280,15 @@ class _Stager:
 
   def __init__(self, form: panels.Form, place: panels.Place, out_smem):
     self._form, self._place, self._smem = form, place, out_smem
-    self._slot = 0
+    self._piece = 0
 
   def put(self, values_FR, y_ref, first, columns) -> None:
     """Sends one piece of results to memory."""
-    staging = self._form.tiles.staging
-    plgpu.wait_smem_to_gmem(staging - 1, wait_read_only=True)
-    staged = self._smem.at[self._place.warpgroup, self._slot]
+    slots = self._form.tiles.staging
+    panels.wait_for_slot(slots, self._piece)
+    staged = self._smem.at[self._place.warpgroup, self._piece % slots]
     panels.store(values_FR, y_ref, self._place, first, columns, staged)
-    self._slot = (self._slot + 1) % staging
+    self._piece += 1
 
 
 def _store_activations(

@@ -134,10 +134,10 @@ def sums(
 
 def _store_sums(place, values, count, refs, out_smem, *, form) -> None:
   """Stores the sums of a tile as they are."""
-  slot = 0
+  slots, piece = form.tiles.staging, 0
   for panel, sums_FR in enumerate(values):
     for first, size in panels.chunks(count, form.chunk):
-      plgpu.wait_smem_to_gmem(form.tiles.staging - 1, wait_read_only=True)
+      panels.wait_for_slot(slots, piece)
       piece_FR = sums_FR[:, first : first + size]
       panels.store(
         panels.masked(piece_FR, first, place.valid),
@@ -145,9 +145,9 @@ def _store_sums(place, values, count, refs, out_smem, *, form) -> None:
         place,
         first,
         place.columns[panel],
-        out_smem.at[place.warpgroup, slot],
+        out_smem.at[place.warpgroup, piece % slots],
       )
-      slot = (slot + 1) % form.tiles.staging
+      piece += 1
 
 
 def row_tiles(rows: int, groups: int) -> tile_tables.RowTiles:
@@ -350,7 +350,7 @@ def _store_columns(total, target, column, staging) -> None:
   """Stores sums, a piece as wide as a swizzle at a time."""
   slots, _, width = staging.shape
   for piece in range(total.shape[1] // width):
-    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+    panels.wait_for_slot(slots, piece)
     values = total[:, piece * width : (piece + 1) * width]
     staged = staging.at[piece % slots]
     staged[...] = values.astype(staged.dtype)

@@ -354,6 +354,15 @@ def masked(values_FR: jax.Array, first: int, valid: jax.Array) -> jax.Array:
   return jnp.where(inside_FR, values_FR, jnp.zeros_like(values_FR))
 
 
+def wait_for_slot(slots: int, piece: int) -> None:
+  """Waits until a tile's `piece`-th staging slot, modulo `slots`, is free.
+
+  Every tile starts with the first slot, whichever the last one ended with: only
+  the pieces of its own may still be on their way to memory.
+  """
+  plgpu.wait_smem_to_gmem(min(piece, slots - 1), wait_read_only=True)
+
+
 def store(values_FR, y_ref, place, first, columns, staged):
   """Turns a chunk around and sends the rows that are the tile's to memory.
 

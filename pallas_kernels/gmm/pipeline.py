@@ -35,6 +35,8 @@ def check(tiles: tile_tables.Tiles, rows: int, columns: int) -> None:
 def mesh(name: str, tiles: tile_tables.Tiles, blocks: int | None) -> dict:
   """The grid of persistent blocks; None takes one a multiprocessor."""
   blocks = blocks or jax.local_devices()[0].core_count
+  if blocks < tiles.cluster:
+    raise ValueError(f'{blocks=} are fewer than {tiles.cluster=}')
   return {
     'kernel_name': name,
     'grid': (blocks // tiles.cluster,),

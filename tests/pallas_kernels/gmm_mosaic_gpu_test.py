@@ -6,6 +6,7 @@ run the compiled kernels: `python -m tests.pallas_kernels.gmm_mosaic_gpu_test`.
 """
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,15 @@ from absl.testing import absltest, parameterized
 import pallas_kernels
 from pallas_kernels import tiles as tile_tables
 from pallas_kernels.experts import mosaic_gpu as experts
-from pallas_kernels.gmm import api, gathered, layout, mosaic_gpu, ref, vjp
+from pallas_kernels.gmm import (
+  api,
+  gathered,
+  layout,
+  mosaic_gpu,
+  panels,
+  ref,
+  vjp,
+)
 from tests.pallas_kernels import hopper_cases, programs, row_cases
 
 BF16_TOLERANCE = 5e-3  # in norm: one rounding of the result
@@ -216,12 +225,94 @@ class MosaicGpuTest(parameterized.TestCase):
     with self.assertRaisesRegex(NotImplementedError, 'needs a Hopper GPU'):
       pallas_kernels.grouped_matmul(x_MK, w_GKN, sizes_G, impl='mosaic_gpu')
 
+  def test_a_cluster_needs_its_blocks(self):
+    x_MK, w_GKN, sizes_G, *_ = row_cases.operands([8], 8, 8, 128, 128)
+    with self.assertRaisesRegex(ValueError, 'blocks=1 are fewer'):
+      mosaic_gpu.product(
+        x_MK, w_GKN, sizes_G, align=8, transpose=False, out_dtype=x_MK.dtype,
+        tiles=tile_tables.RowTiles(), blocks=1,
+      )  # fmt: skip
+
   def test_tiles_must_divide(self):
     x_MK, _, sizes_G, dy_MN, _ = row_cases.operands([8], 8, 8, 128, 128)
     with self.assertRaisesRegex(ValueError, '128 columns'):
       backend(tile_tables.Tiles()).weight_gradient(
         x_MK, dy_MN, sizes_G, align=8, out_dtype=x_MK.dtype
       )
+
+
+class StagingTest(parameterized.TestCase):
+  """No slot is written while a bulk copy may still read it, across tiles.
+
+  A copy runs beside the kernel, and waiting lets the newest few go on: neither
+  the interpreter nor a GPU at rest shows a wait that is too short.
+  """
+
+  def setUp(self):
+    super().setUp()
+    self.going = []  # slots that copies may still read, oldest first
+
+    def wait(newest, wait_read_only):
+      self.assertTrue(wait_read_only)
+      del self.going[: max(0, len(self.going) - newest)]
+
+    self.enter_context(
+      mock.patch.object(panels.plgpu, 'wait_smem_to_gmem', wait)
+    )
+    self.enter_context(mock.patch.object(panels, 'masked', lambda z, *_: z))
+
+  def write(self, slot):
+    self.assertNotIn(slot, self.going)
+    self.going.append(slot)
+
+  def store(self, values, y, place, first, columns, staged):
+    del values, y, place, first, columns
+    self.write(staged)
+
+  @parameterized.product(
+    staging=(1, 2, 3, 4), count=(8, 64, 128, 136, 144), panel_count=(1, 2)
+  )
+  def test_rows(self, staging, count, panel_count):
+    tiles = tile_tables.RowTiles(staging=staging)
+    form = panels.Form(
+      1, panel_count, False, False, tiles, panels.CHUNK, jnp.bfloat16
+    )
+    place = panels.Place(0, count, count, range(panel_count), 0)
+    values = [np.ones((64, count), np.float32)] * panel_count
+    smem = mock.MagicMock()
+    smem.at.__getitem__ = lambda _, at: at[1]  # the slot
+    with mock.patch.object(panels, 'store', self.store):
+      for _ in range(3):
+        mosaic_gpu._store_sums(place, values, count, [None], smem, form=form)
+      for save in (False, True) if panel_count == 2 else ():
+        for _ in range(3):
+          experts._store_activations(
+            place, values, count, [None] * 3, smem, form=form, save=save
+          )
+
+  @parameterized.product(staging=(1, 2, 3, 4), columns=(128, 256))
+  def test_columns(self, staging, columns):
+    test, total = self, np.ones((64, columns), np.float32)
+
+    class Slot:
+      dtype = np.float32
+
+      def __init__(self, slot):
+        self.slot = slot
+
+      def __setitem__(self, where, values):
+        test.write(self.slot)
+
+    smem = mock.MagicMock()
+    smem.shape = staging, 64, 64
+    smem.at.__getitem__ = lambda _, slot: Slot(slot)
+    with mock.patch.multiple(
+      mosaic_gpu.plgpu,
+      commit_smem=mock.DEFAULT,
+      copy_smem_to_gmem=mock.DEFAULT,
+    ):
+      for _ in range(3):
+        mosaic_gpu._store_columns(total, mock.MagicMock(), 0, smem)
 
 
 class SegmentsTest(absltest.TestCase):
