@@ -38,6 +38,7 @@ RUNS = {
   'sft': 'm2.train.loop',
   'rl': 'm2.forge.loop',
   'eval': 'm2.forge.evaluate',
+  'serve': 'm2.forge.serve',
   'evolve': 'm2.evolve.loop',
   'convert': 'm2.checkpoint.convert',
   'quickstart': 'm2.stages',

@@ -21,6 +21,7 @@ class StopReason(enum.StrEnum):
   LENGTH = 'length'  # its token budget ran out
   CONTEXT = 'context'  # the prompt left no room to generate
   CANCELLED = 'cancelled'  # the caller gave up
+  STRING = 'string'  # a stop string of the caller's came
 
 
 class Outcome(enum.StrEnum):

@@ -3,7 +3,8 @@
     python -m tests.play WORKDIR [DEVICES]
 
 Pretraining with multi-token prediction, SFT from nothing, RL from SFT,
-evaluation of RL, conversion there and back; each in a folder of WORKDIR.
+evaluation of RL and a client of it, conversion there and back; each in a folder
+of WORKDIR.
 DEVICES is 1, or 8 for a mesh of data 2, fsdp 2, expert 2. At the end
 `unread.json` lists by mode the settings that no code read in any of its runs.
 """
@@ -12,7 +13,11 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import sys
+import threading
+import time
+import urllib.request
 from typing import Any
 
 import main
@@ -25,6 +30,7 @@ FORMS = {
   'sft': 'configs/sft.py:tiny',
   'rl': 'configs/rl.py:tiny',
   'eval': 'configs/eval.py:tiny',
+  'serve': 'configs/serve.py:tiny',
   'convert': 'configs/convert.py',
 }
 MICRO = {
@@ -52,6 +58,7 @@ MICRO = {
   'agent.max_turns': 2,
   'agent.max_new': 8,
   'eval.tasks': 3,
+  'serve.port': 0,
 }
 # Data is -1: what is left of 8.
 MESH = {'mesh.fsdp': 2, 'mesh.expert': 2, 'model.layers': 2}
@@ -89,6 +96,7 @@ def play(root: pathlib.Path, mesh: dict[str, int]) -> dict[str, list[str]]:
     'sft': mesh,
     'rl': start('sft'),
     'eval': start('rl'),
+    'serve': start('rl'),
     'convert': convert('rl', 'public', 'hf'),
     'back': convert('public', 'again', 'workdir'),
   }
@@ -97,11 +105,33 @@ def play(root: pathlib.Path, mesh: dict[str, int]) -> dict[str, list[str]]:
     frozen = config(FORMS.get(name, FORMS['convert']), **changes)
     workdir = root / name
     workdir.mkdir()
+    if name == 'serve':
+      threading.Thread(target=ask, args=[workdir], daemon=True).start()
     with contextlib.redirect_stdout(sys.stderr):
-      main.run(frozen, workdir)
+      with contextlib.suppress(KeyboardInterrupt):
+        main.run(frozen, workdir)
     left = set(m2_config.unread(frozen))
     unread[frozen.mode] = unread.get(frozen.mode, left) & left
   return {mode: sorted(left) for mode, left in unread.items()}
+
+
+def ask(workdir: pathlib.Path) -> None:
+  """Asks the server of this process once, keeps the answer, interrupts it."""
+  try:
+    while not (workdir / 'serving.json').exists():
+      time.sleep(0.1)
+    served = json.loads((workdir / 'serving.json').read_text())
+    body = {
+      'model': served['model'],
+      'messages': [{'role': 'user', 'content': 'hello'}],
+      'max_tokens': 4,
+    }
+    url = f'{served["url"]}/v1/chat/completions'
+    request = urllib.request.Request(url, json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+      (workdir / 'answer.json').write_bytes(answer.read())
+  finally:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def command() -> None:

@@ -31,6 +31,7 @@ FORMS = (
   'configs/sft.py',
   'configs/rl.py',
   'configs/eval.py',
+  'configs/serve.py',
   'configs/evolve.py',
   'configs/quickstart.py',
   'configs/convert.py',

@@ -41,6 +41,13 @@ UNUSED = {
     'checkpoint.on_corrupt': 'nothing is resumed',
     'tasks.retry_demos': 'of demonstrations; the agent plays itself',
   },
+  'serve': {
+    'seed': 'requests bring their own',
+    'steps': 'nothing is trained',
+    'checkpoint.every': 'nothing is saved',
+    'checkpoint.keep': 'nothing is saved',
+    'checkpoint.on_corrupt': 'nothing is resumed',
+  },
   'convert': {'seed': 'nothing is drawn', 'steps': 'nothing is trained'},
 }
 
@@ -103,6 +110,11 @@ class Story(parameterized.TestCase):
   def test_evaluation_leaves_a_row_for_every_task(self):
     report = eval_run.load(self.root / 'eval' / 'eval.json')
     self.assertLen(report.rows, play.MICRO['eval.tasks'])
+
+  def test_a_client_is_answered(self):
+    answer = json.loads((self.root / 'serve' / 'answer.json').read_text())
+    self.assertEqual(answer['choices'][0]['finish_reason'], 'length')
+    self.assertEqual(answer['usage']['completion_tokens'], 4)
 
   def test_conversion_and_back_keeps_every_weight(self):
     mesh = play.MESH if self.devices > 1 else {}

@@ -15,6 +15,7 @@ from m2.config.acting import (
   ForgeConfig,
   PlanConfig,
   PromptConfig,
+  ServeConfig,
   StagesConfig,
   TasksConfig,
 )
@@ -50,6 +51,7 @@ __all__ = [
   'PlanConfig',
   'PromptConfig',
   'RunConfig',
+  'ServeConfig',
   'Settings',
   'StagesConfig',
   'TasksConfig',

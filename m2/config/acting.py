@@ -194,6 +194,30 @@ class ConvertConfig(base.Settings):
 
 
 @base.section
+class ServeConfig(base.Settings):
+  """A checkpoint behind HTTP (m2/gateway/server.py)."""
+
+  host: str = '127.0.0.1'  # 0.0.0.0 listens to other machines, too
+  port: int = 8000  # 0 = any that is free
+  name: str = 'm2'  # of the model, which requests must name
+  secret_file: str = ''  # of the episodes' keys; '' = anybody may ask
+  megabytes: int = 8  # of a request's body
+  requests: int = 256  # answered at once; more are refused
+  seconds: float = 600.0  # that a request may take
+
+  def _check(self) -> None:
+    base.positive(self, 'megabytes requests seconds')
+    base.require(0 <= self.port < 65536, f'serve.port={self.port} is no port')
+    for name in ('host', 'name'):
+      base.require(bool(getattr(self, name)), f'serve.{name} is empty')
+    base.require(
+      self.host in ('127.0.0.1', '::1', 'localhost') or bool(self.secret_file),
+      f'serve.host={self.host} listens to other machines: give '
+      'serve.secret_file, without which anybody may ask',
+    )
+
+
+@base.section
 class StagesConfig(base.Settings):
   """The whole loop (m2/stages.py): what differs from stage to stage.
 

@@ -21,6 +21,7 @@ MODES: dict[str, tuple[str, ...]] = {
   'rl': (*_SHARED, *_AGENT, 'forge'),
   'eval': ('model', 'mesh', 'checkpoint', *_AGENT, 'eval'),
   'evolve': (*_TRAIN, *_AGENT, 'evolve'),
+  'serve': ('model', 'mesh', 'checkpoint', 'engine', 'serve'),
   'convert': ('mesh', 'convert'),
   'quickstart': (*_TRAIN, *_AGENT, 'forge', 'evolve', 'stages'),
   'plan': ('model', 'mesh', 'optim', 'plan'),
@@ -50,6 +51,7 @@ class RunConfig(base.Settings):
   eval: acting.EvalConfig | None = None
   evolve: acting.EvolveConfig | None = None
   convert: acting.ConvertConfig | None = None
+  serve: acting.ServeConfig | None = None
   stages: acting.StagesConfig | None = None
   plan: acting.PlanConfig | None = None
 

@@ -26,7 +26,9 @@ from typing import Any
 
 from m2.data import markup, parser
 
+CALLS, EOS, THINK_END = markup.CALLS, markup.EOS, markup.THINK_END
 parse = parser.parse
+Event = parser.Event
 StreamParser = parser.StreamParser
 read_tools = markup.read_tools
 

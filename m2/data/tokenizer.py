@@ -47,6 +47,7 @@ _NEEDED = tuple(
 _BYTES = 256
 _LONGEST_CACHED = 512  # characters of a text whose ids are remembered
 _CACHE_ENTRIES = 50_000
+_LOOK_BACK = 8  # ids: each stands for a byte at least, a character for four
 
 
 class Tokenizer:
@@ -191,6 +192,10 @@ class Tokenizer:
       else:
         yield from ((token, True) for _ in run)
 
+  def special(self, id: int) -> str | None:
+    """The special token of M2's that `id` stands for, if any."""
+    return self._tokens.get(id)
+
   def to_text(self) -> str:
     """The text of its `tokenizer.json`."""
     return self._special.to_str(pretty=False)
@@ -206,6 +211,53 @@ class Tokenizer:
   def fingerprint(self) -> str:
     """A short hash of everything that decides the ids of a text."""
     return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
+
+
+class Reader:
+  """`Tokenizer.pieces` of ids that come one after another.
+
+  A character's bytes may be spread over several ids: it comes once all of it is
+  there. Until then its beginning decodes to one U+FFFD at the end.
+  """
+
+  def __init__(self, tokenizer: Tokenizer):
+    """Starts a text."""
+    self._tokenizer = tokenizer
+    self._ids: list[int] = []  # since the last special token, the newest
+    self._given = 0  # characters of their text
+
+  def feed(self, id: int) -> list[tuple[str, bool]]:
+    """What one more id makes certain: text, and whether it is special.
+
+    Raises:
+      ValueError: a negative id.
+    """
+    token = self._tokenizer.special(id)
+    if token is not None:
+      return [*self.finish(), (token, True)]
+    self._ids.append(id)
+    text = self._tokenizer.decode(self._ids)
+    fresh = self._take(text, _certain(text))
+    if len(self._ids) > 4 * _LOOK_BACK:
+      self._ids = self._ids[-_LOOK_BACK:]
+      self._given = _certain(self._tokenizer.decode(self._ids))
+    return fresh
+
+  def finish(self) -> list[tuple[str, bool]]:
+    """What is left; another text may follow."""
+    text = self._tokenizer.decode(self._ids)
+    fresh = self._take(text, len(text))
+    self._ids, self._given = [], 0
+    return fresh
+
+  def _take(self, text: str, until: int) -> list[tuple[str, bool]]:
+    fresh, self._given = text[self._given : until], max(self._given, until)
+    return [(fresh, False)] if fresh else []
+
+
+def _certain(text: str) -> int:
+  """Characters that no further id changes."""
+  return len(text) - text.endswith('\ufffd')
 
 
 def _complete(backend: tokenizers.Tokenizer) -> None:

@@ -172,6 +172,11 @@ class Engine:
     self._cancelled.add(future)
 
   @property
+  def failed(self) -> Exception | None:
+    """What has ended it, if anything has."""
+    return self._failed
+
+  @property
   def busy(self) -> bool:
     """Whether a request is queued or in flight."""
     return bool(self._waiting or self._live)

@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,11 +15,20 @@ LEAST = 1e-6  # of a top_p, and of a temperature that is not 0
 
 @dataclasses.dataclass(frozen=True)
 class GenRequest:
-  """A prompt to continue; `experts` asks for the routed experts as well."""
+  """A prompt to continue.
+
+  Attributes:
+    prompt_ids: what to continue.
+    sampling: how.
+    experts: the result has the routed experts as well.
+    listen: takes ids and log-probabilities as they are sampled, in the thread
+      that drives the engine, which waits for it; it must not raise.
+  """
 
   prompt_ids: Sequence[int] | np.ndarray
   sampling: types.Sampling
   experts: bool = False
+  listen: Callable[[np.ndarray, np.ndarray], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +131,8 @@ class Progress:
     self.context = np.concatenate([self.context, ids])
     self._logprobs.append(logprobs)
     self._versions.append(np.full(len(ids), version, np.int32))
+    if self.request.listen is not None and len(ids):
+      self.request.listen(ids, logprobs)
 
   def route(self, first: int, experts_TLX: np.ndarray) -> None:
     """Adds routes of the tokens from index `first` on; known ones stay."""

@@ -37,17 +37,10 @@ def run(
     ValueError: no checkpoint is named, or settings do not fit it.
     m2.checkpoint.store.CheckpointError: the checkpoint cannot be read.
   """
-  start = config.checkpoint.init_from
-  if not start:
-    raise ValueError('checkpoint.init_from is empty: name the run to evaluate')
   drawn = play.exam(config)
-  words = tokenizer(start)
-  check_tokenizer(start, words)
   mesh = meshes.make_mesh(config.mesh)
-  model = dataclasses.replace(config.model, fp8_experts=config.engine.fp8)
   with jax.set_mesh(mesh):
-    params = store.load_params(start, model, mesh)
-    engine = engines.Engine(config.model, config.engine, params, mesh=mesh)
+    engine, words = load(config, mesh)
     gateway = capture.Gateway(engine, words)
     began = time.monotonic()
     result = asyncio.run(
@@ -62,6 +55,28 @@ def run(
     flush=True,
   )
   return result
+
+
+def load(
+  config: settings.RunConfig, mesh: jax.sharding.Mesh
+) -> tuple[engines.Engine, tokenizers.Tokenizer]:
+  """An engine with the weights of `checkpoint.init_from`, and their words.
+
+  Raises:
+    ValueError: no checkpoint is named, or settings do not fit it.
+    m2.checkpoint.store.CheckpointError: the checkpoint cannot be read.
+  """
+  start = config.checkpoint.init_from
+  if not start:
+    raise ValueError(
+      f'checkpoint.init_from is empty: name a run to {config.mode}'
+    )
+  words = tokenizer(start)
+  check_tokenizer(start, words)
+  model = dataclasses.replace(config.model, fp8_experts=config.engine.fp8)
+  params = store.load_params(start, model, mesh)
+  engine = engines.Engine(config.model, config.engine, params, mesh=mesh)
+  return engine, words
 
 
 async def _play(config, drawn, player, engine) -> eval_run.EvalReport:

@@ -14,7 +14,7 @@ first message that differs.
 import asyncio
 import collections
 import dataclasses
-import itertools
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,9 +24,12 @@ from m2 import types
 from m2.data import template
 from m2.data import tokenizer as tokenizers
 from m2.engine import engine as engines
+from m2.gateway import history as histories
+from m2.gateway import stream as streams
 
-EPISODES = 65_536  # conversations remembered; the longest unused go first
+EPISODES = 16_384  # conversations remembered; the longest unused go first
 DRIFTS = 1_000  # explanations kept
+LONG = 100_000  # characters whose tokens are looked for in a thread
 
 # Stands for the answer before a block, so that tool results may follow it.
 _ANSWER = {
@@ -61,23 +64,35 @@ class Usage(NamedTuple):
   sampled_tokens: int
 
 
-@dataclasses.dataclass
-class _Conversation:
-  """What one episode has said so far.
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """One assistant turn, and the ids that it is.
 
   Attributes:
-    messages: of the last request, and its answer.
-    tools: of the last request.
-    ids: the last prompt and what was sampled after it.
-    answers: every answer with its sampled ids, in order.
-    usage: totals.
+    message: what was sampled, parsed; up to the stop string, if one came.
+    stop: why it ended.
+    stopped: the stop string that ended it, or None.
+    prompt_ids: int32[P], what the model saw.
+    ids: int32[N], what it sampled.
+    logprobs: float32[N], the model's own of each at temperature 1.
+    version: of the weights; the oldest, if they changed meanwhile.
   """
 
-  messages: tuple[types.Message, ...] = ()
-  tools: tuple[Mapping[str, Any], ...] = ()
-  ids: np.ndarray | None = None
-  answers: list[tuple[types.Message, np.ndarray]] = dataclasses.field(
-    default_factory=list
+  message: types.Message
+  stop: types.StopReason
+  stopped: str | None
+  prompt_ids: np.ndarray
+  ids: np.ndarray
+  logprobs: np.ndarray
+  version: int
+
+
+@dataclasses.dataclass
+class _Conversation:
+  """What one episode has said so far, and what it used."""
+
+  history: histories.History = dataclasses.field(
+    default_factory=histories.History
   )
   usage: Usage = Usage(0, 0)
 
@@ -103,7 +118,8 @@ class Gateway:
     """
     self.counters = Counters()
     self.drifts: collections.deque[str] = collections.deque(maxlen=DRIFTS)
-    self._engine, self._tokenizer, self._pool = engine, tokenizer, pool
+    self.tokenizer = tokenizer
+    self._engine, self._pool = engine, pool
     self._experts = experts
     self._conversations: collections.OrderedDict[str, _Conversation] = (
       collections.OrderedDict()
@@ -132,27 +148,104 @@ class Gateway:
     Raises:
       ValueError: messages, tools or sampling values that make no sense.
     """
+    (answer,) = await self.answer(episode, messages, tools, sampling)
+    return answer.message, answer.stop
+
+  async def answer(
+    self,
+    episode: str,
+    messages: Sequence[types.Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    sampling: types.Sampling,
+    *,
+    count: int = 1,
+    stop: Sequence[str] = (),
+    listen: streams.Listener | None = None,
+    unsaid: bool = False,
+  ) -> list[Answer]:
+    """Completes one turn `count` times over; `chat` for those who want more.
+
+    Requests of an episode may overlap here: each goes on from whatever it
+    continues. Who cancels it ends the sampling, and nothing is recorded.
+
+    Args:
+      episode: as for `chat`.
+      messages: as for `chat`.
+      tools: as for `chat`.
+      sampling: as for `chat`; the first answer has this seed.
+      count: answers.
+      stop: strings that end an answer; what was sampled behind one is dropped.
+      listen: takes each answer's number and its parts as they come.
+      unsaid: an answer may come back without its reasoning, and without what
+        was malformed in it, as in APIs that have no place for them.
+
+    Returns:
+      The answers, in order.
+
+    Raises:
+      ValueError: as for `chat`.
+    """
     template.read_tools(tools)  # what is sampled can be parsed
     conversation = self._conversation(episode)
-    prompt_ids = self._prompt(conversation.answers, messages, tools)
-    stop_ids = dict.fromkeys((*sampling.stop_ids, self._tokenizer.eos_id))
-    request = engines.GenRequest(
-      prompt_ids,
-      dataclasses.replace(sampling, stop_ids=tuple(stop_ids)),
-      self._experts,
+    history = conversation.history
+    build = functools.partial(
+      history.prompt,
+      functools.partial(self._render, tools),
+      self.tokenizer.eos_id,
+      messages,
+      tools,
+      unsaid=unsaid,
     )
-    result = await asyncio.wrap_future(self._engine.submit(request))
-    if result.stop == types.StopReason.CONTEXT:  # nothing was sampled
-      message = types.Message('assistant')
+    if sum(len(message.content) for message in messages) > LONG:
+      prompt = await asyncio.to_thread(build)  # others need not wait
     else:
-      message = self._parse(result.ids, tools)
-    self._compare(episode, conversation, prompt_ids, messages, tools)
-    self._record(episode, conversation, prompt_ids, result)
-    conversation.messages = (*messages, message)
-    conversation.tools = tuple(tools or ())
-    conversation.ids = np.concatenate([prompt_ids, result.ids])
-    conversation.answers.append((message, result.ids))
-    return message, result.stop
+      prompt = build()
+    stop_ids = dict.fromkeys((*sampling.stop_ids, self.tokenizer.eos_id))
+    sampling = dataclasses.replace(sampling, stop_ids=tuple(stop_ids))
+    request = engines.GenRequest(prompt.ids, sampling, self._experts)
+    if count == 1 and not stop and listen is None:
+      result = await asyncio.wrap_future(self._engine.submit(request))
+      message = self._parse(result, tools)
+      sampled = [streams.Sampled(result, None, message)]
+    else:
+      start = functools.partial(streams.Stream, self.tokenizer, tools, stop)
+      sampled = await streams.follow(
+        self._engine, request, start, count, listen
+      )
+    self._tell(episode, conversation, prompt)
+    answers = []
+    for result, stopped, message in sampled:
+      self.counters.malformed += bool(message.errors)
+      self._record(episode, conversation, prompt.ids, result)
+      if result.stop != types.StopReason.CONTEXT:  # else nothing was said
+        history.add(prompt, messages, tools, message, result.ids)
+      answers.append(
+        Answer(
+          message, result.stop, stopped, prompt.ids, result.ids,
+          result.logprobs, result.version,
+        )
+      )  # fmt: skip
+    return answers
+
+  def count(
+    self,
+    messages: Sequence[types.Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+  ) -> int:
+    """Tokens of a prompt that goes on from nothing that was sampled.
+
+    Raises:
+      ValueError: as for `chat`.
+    """
+    template.read_tools(tools)
+    prompt = histories.History().prompt(
+      functools.partial(self._render, tools),
+      self.tokenizer.eos_id,
+      messages,
+      tools,
+      unsaid=False,
+    )
+    return len(prompt.ids)
 
   def forget(self, episode: str) -> Usage:
     """Drops an episode that is over; returns what it used."""
@@ -166,38 +259,12 @@ class Gateway:
       self._conversations.popitem(last=False)
     return known
 
-  def _prompt(
-    self,
-    answers: Sequence[tuple[types.Message, np.ndarray]],
-    messages: Sequence[types.Message],
-    tools: Sequence[Mapping[str, Any]] | None,
-  ) -> np.ndarray:
-    """The ids of a request: sampled ones for every answer in it."""
-    parts: list[np.ndarray] = []
-    block: list[types.Message] = []
-    left = iter(answers)
-    for message in messages:
-      sampled = None
-      if message.role == 'assistant':
-        rest, left = itertools.tee(left)
-        sampled = next((ids for known, ids in rest if known == message), None)
-      if sampled is None:
-        block.append(message)
-        continue
-      left = rest
-      parts += [self._render(block, tools, first=not parts), sampled]
-      if not len(sampled) or sampled[-1] != self._tokenizer.eos_id:
-        parts.append(np.array([self._tokenizer.eos_id], np.int32))
-      block = []
-    parts.append(self._render(block, tools, first=not parts))
-    return np.concatenate(parts)
-
-  def _render(self, block, tools, *, first: bool) -> np.ndarray:
+  def _render(self, tools, block, *, first: bool) -> np.ndarray:
     """Messages up to the next answer's generation prompt.
 
     Args:
-      block: messages without a sampled answer among them.
       tools: shown in front of the first block.
+      block: messages without a sampled answer among them.
       first: the block begins the conversation; others follow an answer.
     """
     dicts = [message.to_dict() for message in block]
@@ -214,33 +281,32 @@ class Gateway:
         (),
         tuple((a - end, b - end) for a, b in rendered.marks if a >= end),
       )
-    return self._tokenizer.encode_rendered(rendered)[0]
+    return self.tokenizer.encode_rendered(rendered)[0]
 
-  def _parse(self, ids: np.ndarray, tools) -> types.Message:
+  def _parse(self, result: engines.GenResult, tools) -> types.Message:
     """The message of sampled ids: what they quote is no tag."""
+    if result.stop == types.StopReason.CONTEXT:  # nothing was sampled
+      return types.Message('assistant')
     stream = template.StreamParser(tools or None, thinking=True, spelled=False)
-    for text, special in self._tokenizer.pieces(ids):
+    for text, special in self.tokenizer.pieces(result.ids):
       if special:
         stream.feed_special(text)
       else:
         stream.feed(text)
-    message = stream.close()
-    self.counters.malformed += bool(message.errors)
-    return message
+    return stream.close()
 
-  def _compare(self, episode, conversation, prompt_ids, messages, tools):
-    """Counts whether a request goes on from the last one."""
-    before = conversation.ids
-    if before is None:
+  def _tell(
+    self, episode: str, conversation: _Conversation, prompt: histories.Prompt
+  ) -> None:
+    """Counts whether a request went on from an answer before it."""
+    if prompt.first:
       return
-    # An answer that was cut off is closed by its end token: no difference.
-    if np.array_equal(prompt_ids[: len(before)], before):
+    if prompt.change is None:
       self.counters.continued += 1
       return
     self.counters.drifted += 1
-    reason = _difference(conversation, messages, tools)
     step = conversation.usage.completions
-    self.drifts.append(f'{episode} step {step}: {reason}')
+    self.drifts.append(f'{episode} step {step}: {prompt.change}')
 
   def _record(
     self,
@@ -249,14 +315,15 @@ class Gateway:
     prompt_ids: np.ndarray,
     result: engines.GenResult,
   ) -> None:
-    completions, sampled = conversation.usage
+    step, sampled = conversation.usage
+    conversation.usage = Usage(step + 1, sampled + len(result.ids))
     self.counters.requests += 1
     self.counters.sampled_tokens += len(result.ids)
     if self._pool is not None:
       self._pool.put(
         types.Completion(
           episode=episode,
-          step=completions,
+          step=step,
           prompt_ids=prompt_ids,
           ids=result.ids,
           logprobs=result.logprobs,
@@ -266,23 +333,3 @@ class Gateway:
           experts=result.experts,
         )
       )
-    conversation.usage = Usage(completions + 1, sampled + len(result.ids))
-
-
-def _difference(
-  conversation: _Conversation,
-  messages: Sequence[types.Message],
-  tools: Sequence[Mapping[str, Any]] | None,
-) -> str:
-  """Why a request does not go on from the last one."""
-  if tuple(tools or ()) != conversation.tools:
-    return 'the tools differ'
-  pairs = itertools.zip_longest(conversation.messages, messages)
-  for index, (before, now) in enumerate(pairs):
-    if before is None:
-      break
-    if now is None:
-      return f'message {index} ({before.role}) is missing'
-    if before != now:
-      return f'message {index} ({before.role}) differs'
-  return 'an answer of the same text has other ids'

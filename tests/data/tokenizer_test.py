@@ -26,6 +26,16 @@ TEXTS = ['The quick brown fox; jumps over 12345 lazy dogs.\n' * 9, 'é漢字 ok'
 VOCAB = 300
 
 
+def joined(pieces):
+  """Pieces with neighbouring text in one."""
+  found = []
+  for text, special in pieces:
+    if found and not special and not found[-1][1]:
+      text = found.pop()[0] + text
+    found.append((text, special))
+  return found
+
+
 class TokenizerTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -48,6 +58,26 @@ class TokenizerTest(parameterized.TestCase):
     special = set(range(len(markup.SPECIALS)))
     self.assertEmpty(special & set(self.tok.encode_plain(text)))
     self.assertEqual(self.tok.decode(self.tok.encode_plain(text)), text)
+
+  def test_a_reader_gives_the_pieces_one_id_after_another(self):
+    rng = random.Random(0)
+    single = sorted(self.tok.encode_plain(''.join(map(chr, range(128, 2048)))))
+    texts = 'aé€😀\ufffd', 'select name', '\n', '中文'
+    for _ in range(500):
+      ids = []
+      for _ in range(rng.randrange(1, 30)):
+        ids += rng.choice(
+          (
+            [rng.choice(single)],  # half a character, mostly
+            [rng.randrange(self.tok.size + 5)],
+            self.tok.encode_plain(rng.choice(texts)),
+          )
+        )
+      reader = tokenizer.Reader(self.tok)
+      found = [piece for id in ids for piece in reader.feed(id)]
+      self.assertEqual(
+        joined([*found, *reader.finish()]), joined(self.tok.pieces(ids))
+      )
 
   def test_pieces_tell_special_tokens_from_their_characters(self):
     ids = self.tok.encode('a</think>\n')

@@ -1,88 +1,20 @@
 """The gateway: captured ids continue, everything else is said to drift."""
 
 import asyncio
-import concurrent.futures
 import dataclasses
-import re
 
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from m2 import config, types
-from m2.data import markup, template, tokenizer
+from m2.data import template
 from m2.engine import engine as engine_lib
 from m2.gateway import capture
 from m2.model import params as model_params
+from tests.gateway.scripted import CALL, EOS, TOKENIZER, TOOLS, Pool, Scripted
 
-TOKENIZER = tokenizer.train(
-  ['add a column to the table users', 'select name from users;', 'tool ok'], 320
-)
-EOS = TOKENIZER.eos_id
-TOOLS = (
-  {
-    'type': 'function',
-    'function': {
-      'name': 'sql',
-      'parameters': {
-        'type': 'object',
-        'properties': {'script': {'type': 'string'}},
-        'required': ['script'],
-      },
-    },
-  },
-)
-CALL = (
-  'think a bit\n</think>\n\n\n<minimax:tool_call>\n<invoke name="sql">\n'
-  '<parameter name="script">select 1;</parameter>\n</invoke>\n'
-  '</minimax:tool_call>'
-)
-SPECIAL = '|'.join(map(re.escape, markup.SPECIALS))
 SAMPLING = types.Sampling(max_new=64)
-
-
-class Scripted:
-  """An engine that answers with given texts, cut up in a way of its own.
-
-  Special tokens in a text are such, but for those inside ‹ and ›, which it
-  quotes with plain ids.
-  """
-
-  def __init__(self, *answers, stop=types.StopReason.EOS):
-    self.requests = []
-    self._answers, self._stop = list(answers), stop
-
-  def submit(self, request):
-    self.requests.append(request)
-    text = self._answers.pop(0)
-    ids = []
-    parts = re.split(f'({SPECIAL})|‹(.*?)›', text, flags=re.DOTALL)
-    for place, part in enumerate(parts):  # text, special, quoted, text, ...
-      if part and place % 3 == 1:
-        ids += TOKENIZER.encode(part)
-      else:  # one character at a time: no tokeniser would give these ids
-        ids += [id for c in part or '' for id in TOKENIZER.encode_plain(c)]
-    ids += [EOS] if self._stop == types.StopReason.EOS else []
-    future = concurrent.futures.Future()
-    future.set_result(
-      engine_lib.GenResult(
-        ids=np.array(ids, np.int32),
-        logprobs=np.linspace(-1, 0, len(ids)).astype(np.float32),
-        versions=np.zeros(len(ids), np.int32),
-        version=3,
-        stop=self._stop,
-        seconds=0.5,
-      )
-    )
-    return future
-
-
-class Pool:
-  def __init__(self):
-    self.completions = []
-
-  def put(self, completion):
-    self.completions.append(completion)
 
 
 def chat(gateway, messages, episode='e', tools=TOOLS):
