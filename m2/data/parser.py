@@ -16,7 +16,6 @@ cannot be told from a tag that was forgotten.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,9 +24,6 @@ from m2.data import lexer, markup
 
 _FORGOTTEN = 'tool-call markup outside a block'
 _TRAILING = 'text after the tool calls'
-_VALUE = re.compile(
-  rf'{lexer.PARAMETER}[^>]*>.*?{markup.PARAMETER_END}', re.DOTALL
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +66,24 @@ def parse(
     ValueError: `tools` itself is malformed.
   """
   if not thinking and not text.lstrip().startswith(markup.THINK):
-    message = _VALUE.sub('', text).partition(markup.EOS)[0]
+    message = _without_values(text).partition(markup.EOS)[0]
     thinking = markup.THINK_END in message
   parser = StreamParser(tools, thinking=thinking)
   parser.feed(text)
   return parser.close()
+
+
+def _without_values(text: str) -> str:
+  """The text less the parameters of calls; in one pass, whatever it is."""
+  parts, at = [], 0
+  while (start := text.find(lexer.PARAMETER, at)) >= 0:
+    opened = text.find('>', start)
+    closed = text.find(markup.PARAMETER_END, opened + 1) if opened >= 0 else -1
+    if closed < 0:  # nor is any that follows
+      break
+    parts.append(text[at:start])
+    at = closed + len(markup.PARAMETER_END)
+  return ''.join([*parts, text[at:]])
 
 
 class _Section:

@@ -30,7 +30,7 @@ from m2.gateway import capture, server
 from m2.parallel import mesh as meshes
 
 SHORTEST = 16  # characters of a secret
-PATIENCE = 30.0  # seconds until a connection's first request has its headers
+PATIENCE = 15.0  # seconds; where nothing happens for twice as long, that is it
 GRACE = 10  # seconds that answers get to end when the server is told to
 
 
@@ -171,16 +171,29 @@ class driven:
 
 
 class Protocol(h11_impl.H11Protocol):
-  """HTTP that closes connections on which no request begins."""
+  """HTTP that gives up connections on which nothing happens.
+
+  That is where no request begins, or the next one does not, and where what was
+  sent is not read although the connection is to close.
+  """
 
   def connection_made(self, transport) -> None:
-    """Starts to wait."""
+    """Begins to look, now and then."""
     super().connection_made(transport)
-    self.loop.call_later(PATIENCE, self._give_up)
+    self._seen = None
+    self.loop.call_later(PATIENCE, self._look)
 
-  def _give_up(self) -> None:
-    if self.cycle is None:
+  def _look(self) -> None:
+    if self not in self.connections:
+      return
+    closing = self.transport.is_closing()
+    idle = self.cycle is None or self.cycle.response_complete
+    seen, self._seen = self._seen, (self.cycle, closing)
+    if closing and seen == self._seen:
+      self.transport.abort()
+    elif idle and seen == self._seen:
       self.transport.close()
+    self.loop.call_later(PATIENCE, self._look)
 
 
 class _Http(uvicorn.Server):

@@ -211,7 +211,7 @@ def in_order(
   """Results of tools in the order of the calls that they answer.
 
   The model's format tells results apart by their order alone, so that there has
-  to be one for each call.
+  to be one for each call, or none at all, of a turn that was broken off.
 
   Args:
     results: path in the request, id of the call, message.

@@ -29,7 +29,6 @@ from m2.gateway import stream as streams
 
 EPISODES = 16_384  # conversations remembered; the longest unused go first
 DRIFTS = 1_000  # explanations kept
-LONG = 100_000  # characters whose tokens are looked for in a thread
 
 # Stands for the answer before a block, so that tool results may follow it.
 _ANSWER = {
@@ -162,6 +161,7 @@ class Gateway:
     stop: Sequence[str] = (),
     listen: streams.Listener | None = None,
     unsaid: bool = False,
+    aside: bool = False,
   ) -> list[Answer]:
     """Completes one turn `count` times over; `chat` for those who want more.
 
@@ -178,6 +178,8 @@ class Gateway:
       listen: takes each answer's number and its parts as they come.
       unsaid: an answer may come back without its reasoning, and without what
         was malformed in it, as in APIs that have no place for them.
+      aside: look for the prompt's ids in another thread, while others go on;
+        when the engine gets the request is then up to that thread.
 
     Returns:
       The answers, in order.
@@ -187,19 +189,15 @@ class Gateway:
     """
     template.read_tools(tools)  # what is sampled can be parsed
     conversation = self._conversation(episode)
-    history = conversation.history
     build = functools.partial(
-      history.prompt,
+      conversation.history.prompt,
       functools.partial(self._render, tools),
       self.tokenizer.eos_id,
       messages,
       tools,
       unsaid=unsaid,
     )
-    if sum(len(message.content) for message in messages) > LONG:
-      prompt = await asyncio.to_thread(build)  # others need not wait
-    else:
-      prompt = build()
+    prompt = await asyncio.to_thread(build) if aside else build()
     stop_ids = dict.fromkeys((*sampling.stop_ids, self.tokenizer.eos_id))
     sampling = dataclasses.replace(sampling, stop_ids=tuple(stop_ids))
     request = engines.GenRequest(prompt.ids, sampling, self._experts)
@@ -213,18 +211,36 @@ class Gateway:
         self._engine, request, start, count, listen
       )
     self._tell(episode, conversation, prompt)
-    answers = []
+    return self._keep(episode, conversation, prompt, messages, tools, sampled)
+
+  def _keep(
+    self,
+    episode: str,
+    conversation: _Conversation,
+    prompt: histories.Prompt,
+    messages: Sequence[types.Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    sampled: Sequence[streams.Sampled],
+  ) -> list[Answer]:
+    """Records what was sampled; one that cannot be costs no other."""
+    answers, failed = [], None
     for result, stopped, message in sampled:
       self.counters.malformed += bool(message.errors)
-      self._record(episode, conversation, prompt.ids, result)
+      try:
+        self._record(episode, conversation, prompt.ids, result)
+      except Exception as error:  # raised below
+        failed = failed or error
+        continue
       if result.stop != types.StopReason.CONTEXT:  # else nothing was said
-        history.add(prompt, messages, tools, message, result.ids)
+        conversation.history.add(prompt, messages, tools, message, result.ids)
       answers.append(
         Answer(
           message, result.stop, stopped, prompt.ids, result.ids,
           result.logprobs, result.version,
         )
       )  # fmt: skip
+    if failed is not None:
+      raise failed
     return answers
 
   def count(

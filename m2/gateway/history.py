@@ -4,11 +4,13 @@ Wherever an answer of the episode comes back in a request, the ids that were
 sampled stand in the prompt; only what lies between them is rendered. Which
 answer it is, is told by the ids before it: the one that was sampled after just
 those. Where none was, the history has been rewritten, and what is equal in
-every word still keeps its ids, in order.
+every word still keeps its ids, in order. What a request was once read as, its
+beginning is read as again, whatever was said in other branches since.
 
 APIs without a place for reasoning give answers back without it. Such an answer
 is known by the ids before it as well; in a rewritten history by its place among
-the messages, unless there are several.
+the messages, if the first or the last message before it is the same and there
+are not several.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,6 +48,9 @@ class Prompt:
     change: None if it is a first request or goes on from the end of a branch;
       else what is different.
     first: nothing was said before.
+    read: of each assistant's message, the digest of all up to it, and which
+      answer it was taken for.
+    around: digests of the first and of the last message.
   """
 
   ids: np.ndarray
@@ -53,6 +58,8 @@ class Prompt:
   end: bytes | None
   change: str | None
   first: bool
+  read: Sequence[tuple[bytes, int | None]]
+  around: tuple[bytes, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +71,23 @@ class _Said:
     ids: what was sampled.
     before: digest of its prompt.
     place: how many messages that had.
+    around: digests of the first and of the last of them.
   """
 
   message: types.Message
   ids: np.ndarray
   before: bytes
   place: int
+  around: tuple[bytes, bytes]
+
+
+class _Trace(NamedTuple):
+  """What is kept of a message to say whether it has changed."""
+
+  role: str
+  words: bytes
+  reasoning: bytes
+  errors: tuple[str, ...]
 
 
 class History:
@@ -78,9 +96,10 @@ class History:
   def __init__(self):
     """Nothing is said yet."""
     self._answers: list[_Said] = []
-    self._numbers: dict[tuple, list[int]] = {}  # of answers, by what is said
+    self._numbers: dict[bytes, list[int]] = {}  # of answers, by what is said
+    self._read: dict[bytes, int | None] = {}  # see `Prompt.read`
     self._ends: list[bytes] = []
-    self._messages: tuple[types.Message, ...] = ()
+    self._traces: tuple[_Trace, ...] = ()  # of the last request and its answer
     self._tools: tuple[Mapping[str, Any], ...] = ()
 
   def prompt(
@@ -104,26 +123,42 @@ class History:
     parts: list[np.ndarray] = []
     block: list[types.Message] = []
     mark, end, after = hashlib.blake2b(digest_size=16), None, 0
+    traces = [_trace(message) for message in messages]
+    digests = [_digest(trace) for trace in traces]
+    upto = hashlib.blake2b(repr(tools or ()).encode(errors='replace'))
+    read = []
 
     def add(ids: np.ndarray) -> None:
       parts.append(ids)
       mark.update(_bytes(ids))
 
     for place, message in enumerate(messages):
-      found = None
-      numbers = self._numbers.get(_words(message), ())
-      if message.role == 'assistant' and numbers:
+      upto.update(digests[place])
+      if message.role != 'assistant':
+        block.append(message)
+        continue
+      known = {
+        number: said
+        for number in self._numbers.get(traces[place].words, ())
+        if _is(said := self._answers[number], message, unsaid)
+      }
+      between, before = None, b''
+      # The same ids are those of as many messages, but for a system message
+      # that says what is said without one.
+      if any(abs(said.place - place) <= 1 for said in known.values()):
         between = render(block, first=not parts)
         here = mark.copy()
         here.update(_bytes(between))
-        found = self._find(
-          message, numbers, here.digest(), place, after, unsaid
-        )
+        before = here.digest()
+      around = digests[0], digests[place - 1] if place else b''
+      whole = upto.digest()
+      found = self._find(message, known, before, whole, place, around, after)
+      read.append((whole, found))
       if found is None:
         block.append(message)
         continue
       after, said = found + 1, self._answers[found]
-      add(between)
+      add(render(block, first=not parts) if between is None else between)
       add(said.ids)
       end = mark.digest()
       if not len(said.ids) or said.ids[-1] != eos_id:
@@ -132,8 +167,10 @@ class History:
     add(render(block, first=not parts))
     change = None
     if self._ends and end not in self._ends:
-      change = self._difference(messages, tools, unsaid)
-    return Prompt(np.concatenate(parts), mark, end, change, not self._ends)
+      change = self._difference(traces, tools, unsaid)
+    around = (digests[0], digests[-1]) if digests else (b'', b'')
+    ids, first = np.concatenate(parts), not self._ends
+    return Prompt(ids, mark, end, change, first, read, around)
 
   def add(
     self,
@@ -152,96 +189,130 @@ class History:
       message: what came of it.
       ids: what was sampled.
     """
-    number = len(self._answers)
-    self._numbers.setdefault(_words(message), []).append(number)
+    number, words = len(self._answers), _trace(message)
+    # First the answer: another thread may be reading a request.
     self._answers.append(
-      _Said(message, ids, prompt.mark.digest(), len(messages))
+      _Said(message, ids, prompt.mark.digest(), len(messages), prompt.around)
     )
+    self._numbers.setdefault(words.words, []).append(number)
+    for upto, found in prompt.read:
+      self._read.setdefault(upto, found)
     mark = prompt.mark.copy()
     mark.update(_bytes(ids))
     if prompt.end in self._ends:
       self._ends.remove(prompt.end)
     self._ends = [*self._ends, mark.digest()][-ENDS:]
-    self._messages = (*messages, message)
+    self._traces = (*map(_trace, messages), words)
     self._tools = tuple(tools or ())
 
   def _find(
     self,
     message: types.Message,
-    numbers: Sequence[int],
+    known: Mapping[int, _Said],
     before: bytes,
+    upto: bytes,
     place: int,
+    around: tuple[bytes, bytes],
     after: int,
-    unsaid: bool,
   ) -> int | None:
     """Which answer has come back as `message`, if one has.
 
     Args:
       message: of the request.
-      numbers: of the answers with the same words.
+      known: answers that it may be, by number.
       before: digest of the ids in front of it.
+      upto: digest of all messages up to it.
       place: of the message.
+      around: digests of the first message and of that in front of it.
       after: the answers from there on have not come back yet.
-      unsaid: as in `prompt`.
     """
-    known = {
-      number: said
-      for number in numbers
-      if _is(said := self._answers[number], message, unsaid)
-    }
     exact = [n for n, said in known.items() if said.before == before]
+    for number in exact:
+      if known[number].message == message:
+        return number
     if exact:
       return exact[0]
+    if upto in self._read:
+      return self._read[upto]
     equal = [n for n, x in known.items() if n >= after and x.message == message]
     if equal:
       return equal[0]
-    here = [n for n, said in known.items() if said.place == place]
+    here = [
+      number
+      for number, said in known.items()
+      if said.place == place
+      and (said.around[0] == around[0] or said.around[1] == around[1])
+    ]
     return here[0] if len(here) == 1 else None
 
   def _difference(
     self,
-    messages: Sequence[types.Message],
+    traces: Sequence[_Trace],
     tools: Sequence[Mapping[str, Any]] | None,
     unsaid: bool,
   ) -> str:
     """Why a request does not go on from the last answer."""
     if tuple(tools or ()) != self._tools:
       return 'the tools differ'
-    pairs = itertools.zip_longest(self._messages, messages)
+    pairs = itertools.zip_longest(self._traces, traces)
     for index, (before, now) in enumerate(pairs):
       if before is None:
         break
       if now is None:
         return f'message {index} ({before.role}) is missing'
-      same = before == now
-      if before.role == now.role == 'assistant' and _words(before) == _words(
-        now
-      ):
-        same = same or _loosely(before, now, unsaid)
-      if not same:
+      if unsaid and now.role == 'assistant':
+        now = now._replace(errors=before.errors)
+        if now.reasoning == _hash(''):
+          now = now._replace(reasoning=before.reasoning)
+      if before != now:
         return f'message {index} ({before.role}) differs'
     return 'an answer of the same text has other ids'
 
 
 def _is(said: _Said, message: types.Message, unsaid: bool) -> bool:
   """Whether a message of the same words may be an answer."""
-  return said.message == message or _loosely(said.message, message, unsaid)
+  if unsaid and message.reasoning in ('', said.message.reasoning):
+    return True
+  return said.message == message
 
 
-def _loosely(
-  known: types.Message, message: types.Message, unsaid: bool
-) -> bool:
-  """The same, with reasoning and errors left out on the way."""
-  return unsaid and message.reasoning in ('', known.reasoning)
+def _trace(message: types.Message) -> _Trace:
+  words = [message.content]
+  for call in message.tool_calls:
+    words += [call.name, _json(dict(call.arguments))]
+  return _Trace(
+    message.role,
+    _hash(repr(words)),
+    _hash(message.reasoning),
+    message.errors,
+  )
 
 
-def _words(message: types.Message) -> tuple:
-  """What is said and called; JSON tells true from 1, which Python does not."""
-  calls = [
-    (call.name, json.dumps(dict(call.arguments), sort_keys=True, default=repr))
-    for call in message.tool_calls
-  ]
-  return message.content, *calls
+def _json(arguments: Mapping[str, Any]) -> str:
+  """JSON, which tells true from 1; 1.0 is 1, as some languages write it."""
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+      return int(value)
+    if isinstance(value, Mapping):
+      return {name: plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+      return [plain(inner) for inner in value]
+    return value
+
+  try:
+    return json.dumps(plain(arguments), sort_keys=True, default=repr)
+  except RecursionError:  # deeper than anybody nests
+    return '...'
+
+
+def _digest(trace: _Trace) -> bytes:
+  return _hash(repr(trace))
+
+
+def _hash(text: str) -> bytes:
+  data = text.encode(errors='surrogatepass')
+  return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _bytes(ids: np.ndarray) -> bytes:

@@ -21,6 +21,7 @@ import time
 import traceback
 import types as modules
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from starlette import applications, requests, responses, routing
 from starlette.exceptions import HTTPException
@@ -55,6 +56,7 @@ _KINDS = {
     504: 'timeout_error',
   },
 }
+LONG = 100_000  # bytes of a body that is read in a thread: others go on
 _PREFIX = {openai_chat: 'chatcmpl-', anthropic_messages: 'msg_'}
 
 
@@ -139,7 +141,9 @@ class Server:
       try:
         async with asyncio.timeout_at(end):
           episode = self._episode(request)
-          tree = asks.load(await self._body(request))
+          body = await self._body(request)
+          request.state.long = len(body) > LONG
+          tree = await _beside(request, asks.load, body)
           found = await run(request, dialect, episode, tree, end)
         kept = isinstance(found, replies.Stream)
         self._counts[path, 200] += 1
@@ -228,7 +232,9 @@ class Server:
     end: float,
   ) -> responses.Response:
     """Completes a conversation, whole or as a stream, until `end`."""
-    model, asked = dialect.read(tree, self._limits.length)
+    model, asked = await _beside(
+      request, dialect.read, tree, self._limits.length
+    )
     self._known(model)
     head = {
       'id': _PREFIX[dialect] + secrets.token_hex(12),
@@ -236,7 +242,9 @@ class Server:
       'model': self._name,
     }
     parts: asyncio.Queue = asyncio.Queue()
-    answering = asyncio.create_task(self._answer(episode, asked, parts))
+    answering = asyncio.create_task(
+      self._answer(episode, asked, parts, aside=request.state.long)
+    )
     try:
       if not asked.stream:
         answers = await replies.unless_gone(request, answering)
@@ -259,7 +267,12 @@ class Server:
     )
 
   async def _answer(
-    self, episode: str | None, asked: asks.Ask, parts: asyncio.Queue
+    self,
+    episode: str | None,
+    asked: asks.Ask,
+    parts: asyncio.Queue,
+    *,
+    aside: bool,
   ) -> list[capture.Answer]:
     """Answers; parts go to the queue, and None after the last."""
     name = episode or f'anybody-{secrets.token_hex(16)}'
@@ -276,6 +289,7 @@ class Server:
         stop=asked.stop,
         listen=listen,
         unsaid=True,
+        aside=aside,
       )
     finally:
       parts.put_nowait(None)
@@ -323,11 +337,11 @@ class Server:
     end: float,
   ) -> responses.Response:
     """Counts the tokens of a prompt."""
-    del request, episode, end
-    model, asked = dialect.read_count(tree)
+    del episode, end
+    model, asked = await _beside(request, dialect.read_count, tree)
     self._known(model)
-    count = await asyncio.to_thread(
-      self._gateway.count, asked.messages, asked.tools or None
+    count = await _beside(
+      request, self._gateway.count, asked.messages, asked.tools or None
     )
     return responses.JSONResponse({'input_tokens': count})
 
@@ -389,3 +403,10 @@ class Server:
         lines += [f'# TYPE m2_{place}_{name}_total counter']
         lines += [f'm2_{place}_{name}_total {value}']
     return responses.PlainTextResponse('\n'.join(lines) + '\n')
+
+
+async def _beside(request: requests.Request, run: Callable, *args: Any) -> Any:
+  """What a function gives; for long requests, from another thread."""
+  if request.state.long:
+    return await asyncio.to_thread(run, *args)
+  return run(*args)

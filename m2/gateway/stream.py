@@ -116,7 +116,9 @@ class Stream:
       found = (
         self._parser.feed_special(text) if special else self._parser.feed(text)
       )
-      ended = special and text in (template.CALLS, template.EOS)
+      ended = special and (
+        text == template.EOS or (text == template.CALLS and self._saying)
+      )
       if self._saying and not ended:
         self._say(text)
       events += self._let_go(found, everything=ended)

@@ -1,6 +1,7 @@
 """The model's own output: what is read, what is refused, in any cutting."""
 
 import random
+import re
 import time
 
 from absl.testing import absltest, parameterized
@@ -270,6 +271,7 @@ class StreamTest(parameterized.TestCase):
   @parameterized.parameters(
     '<',
     '<invoke name="',
+    '<parameter name="',
     '<think>a',
     '\n',
     f'{block(invoke(parameter("1")))} ',
@@ -292,6 +294,16 @@ class StreamTest(parameterized.TestCase):
     # In turns, so that a machine that slows down does so for both.
     growth = min(seconds(60_000) / max(seconds(6_000), 1e-3) for _ in range(3))
     self.assertLess(growth, 10 * LINEAR)
+
+
+class ValuesTest(absltest.TestCase):
+  def test_are_what_a_pattern_would_find(self):
+    pattern = re.compile('<parameter name="[^>]*>.*?</parameter>', re.DOTALL)
+    pieces = '<parameter name="', '<parameter name="a">', '>', '\n', 'x'
+    rng = random.Random(0)
+    for _ in range(2000):
+      text = ''.join(rng.choices((*pieces, '</parameter>', '<'), k=8))
+      self.assertEqual(parser._without_values(text), pattern.sub('', text))
 
 
 class LexerTest(absltest.TestCase):

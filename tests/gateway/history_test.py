@@ -26,9 +26,11 @@ class HistoryTest(absltest.TestCase):
     self.engine, self.pool = Scripted(*answers, **options), Pool()
     self.gateway = capture.Gateway(self.engine, TOKENIZER, self.pool)
 
-  def ask(self, *messages, tools=None):
+  def ask(self, *messages, tools=None, **options):
     (answer,) = asyncio.run(
-      self.gateway.answer('e', messages, tools, SAMPLING, unsaid=True)
+      self.gateway.answer(
+        'e', messages, tools, SAMPLING, unsaid=True, **options
+      )
     )
     return answer
 
@@ -58,14 +60,50 @@ class HistoryTest(absltest.TestCase):
     self.assertEqual(self.gateway.counters.continued, 2)
     self.assertEqual(self.gateway.counters.drifted, 1)  # `sub` is a branch
 
+  def test_what_was_read_once_is_read_like_that_again(self):
+    self.start('R1\n</think>\n\nfine', 'R2\n</think>\n\nok', *[TALK] * 4)
+    both = user('task'), said('one')
+    shown = *both, user('b'), said(), user('real')
+    first = self.ask(*shown)
+    self.ask(*both, user('c'))  # another branch says what the example does
+    again = self.ask(*shown, said('fine'), user('more'))
+    self.follows(again, first)
+
+  def test_an_example_like_an_answer_without_reasoning(self):
+    self.start('</think>\n\nok', TALK)
+    shown = user('example'), said(), user('real')
+    first = self.ask(*shown)
+    self.follows(self.ask(*shown, said(), user('more')), first)
+    self.assertEqual(self.gateway.counters.continued, 1)
+
+  def test_other_conversations_are_no_place_to_look(self):
+    self.start('SECRET\n</think>\n\nok', TALK)
+    self.ask(user('question'))
+    answer = self.ask(user('example'), said(), user('real'))
+    self.assertNotIn('SECRET', TOKENIZER.decode(answer.prompt_ids))
+
+  def test_many_examples_are_rendered_once(self):
+    self.start('R\n</think>\n\nyes', *[TALK] * 2)
+    self.ask(user('q'))
+    many = [m for i in range(300) for m in (user(f'item {i}'), said('yes'))]
+    calls = []
+    render = self.gateway._render
+    with mock.patch.object(
+      self.gateway,
+      '_render',
+      lambda *a, **k: calls.append(a) or render(*a, **k),
+    ):
+      self.ask(*many, user('last'))
+    self.assertLess(len(calls), 5)
+
   def test_in_a_rewritten_history_the_place_tells(self):
     self.start(*(f'R{i}\n</think>\n\nok' for i in range(2)), 'x')
-    self.ask(user('long'))
-    self.ask(user('long'), said(), user('next'))
-    self.ask(user('cut'), said(), user('next'), said(), user('last'))
+    self.ask(user('task'))
+    self.ask(user('task'), said(), user('long'))
+    self.ask(user('task'), said(), user('cut'), said(), user('last'))
     text = TOKENIZER.decode(self.pool.completions[2].prompt_ids)
     self.assertLess(text.index('R0'), text.index('R1'))
-    self.assertIn('message 0 (user) differs', self.gateway.drifts[0])
+    self.assertIn('message 2 (user) differs', self.gateway.drifts[0])
 
   def test_a_guess_is_not_made(self):
     self.start('R0\n</think>\n\nok', 'R1\n</think>\n\nok', 'x')
@@ -75,6 +113,20 @@ class HistoryTest(absltest.TestCase):
     text = TOKENIZER.decode(self.pool.completions[2].prompt_ids)
     self.assertNotIn('R0', text)
     self.assertNotIn('R1', text)
+
+  def test_one_point_zero_is_one(self):
+    call = '{"t": 1.0, "u": [2.5, 3.0]}'
+    answer = CALL.replace('select 1;', call)
+    number = {'type': 'object', 'properties': {'script': {'type': 'object'}}}
+    tools = [{'type': 'function',
+              'function': {'name': 'sql', 'parameters': number}}]  # fmt: skip
+    self.start(answer, TALK)
+    (sampled,) = self.ask(user(), tools=tools).message.tool_calls
+    self.assertEqual(sampled.arguments, {'script': {'t': 1, 'u': [2.5, 3]}})
+    call = types.ToolCall('sql', {'script': {'t': 1, 'u': [2.5, 3]}})
+    back = types.Message('assistant', tool_calls=(call,))
+    self.ask(user(), back, types.Message('tool', 'ok'), tools=tools)
+    self.assertEqual(self.gateway.counters.continued, 1)
 
   def test_true_is_not_one(self):
     answer = CALL.replace('select 1;', '1')
@@ -131,14 +183,26 @@ class HistoryTest(absltest.TestCase):
     self.ask(user())
     self.assertEqual([c.step for c in self.pool.completions], [1])
 
+  def test_a_pool_that_fails_in_the_middle_keeps_the_rest(self):
+    self.start(*[TALK] * 3)
+    put, steps = self.pool.put, []
+
+    def failing(completion):
+      steps.append(completion.step)
+      if len(steps) == 2:
+        raise OSError('full')
+      put(completion)
+
+    self.pool.put = failing
+    with self.assertRaisesRegex(OSError, 'full'):
+      self.ask(user(), count=3)
+    self.assertEqual([c.step for c in self.pool.completions], [0, 2])
+
   def test_long_texts_and_short_ones_are_the_same(self):
     self.start(TALK, TALK)
-    with mock.patch.object(capture, 'LONG', 0):
-      one = self.ask(user('hello'))
-    self.start(TALK)
-    np.testing.assert_array_equal(
-      one.prompt_ids, self.ask(user('hello')).prompt_ids
-    )
+    one = self.ask(user('hello'), aside=True)
+    two = self.ask(user('hello'))
+    np.testing.assert_array_equal(one.prompt_ids, two.prompt_ids)
     self.assertEqual(
       self.gateway.count([user('hello')], None), len(one.prompt_ids)
     )

@@ -147,8 +147,13 @@ class Pool:
 
 
 @contextlib.contextmanager
-def served(engine, *, words=TOKENIZER, secret='', http='h11', **limits):
-  """A server in a thread: its URL, the gateway and the pool."""
+def served(
+  engine, *, words=TOKENIZER, secret='', http='h11', connections=None, **limits
+):
+  """A server in a thread: its URL, the gateway and the pool.
+
+  `connections` is a list that gets the set of those that it has.
+  """
   pool = Pool()
   gateway = capture.Gateway(engine, words, pool)
   front = server.Server(
@@ -159,6 +164,8 @@ def served(engine, *, words=TOKENIZER, secret='', http='h11', **limits):
       front.app, port=0, log_level='error', lifespan='off', http=http
     )
   )
+  if connections is not None:
+    connections.append(running.server_state.connections)
   thread = threading.Thread(target=running.run)
   thread.start()
   while not running.started:

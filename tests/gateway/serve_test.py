@@ -1,9 +1,11 @@
 """The `serve` mode: an engine in a thread of its own, many clients."""
 
+import json
 import pathlib
 import socket
 import sqlite3
 import threading
+import time
 from unittest import mock
 
 import httpx2
@@ -15,7 +17,7 @@ from m2 import config, types
 from m2.data import template
 from m2.engine import engine as engine_lib
 from m2.forge import serve
-from m2.gateway import keys
+from m2.gateway import keys, replies
 from m2.model import params as model_params
 from tests.gateway import scripted
 from tests.gateway.scripted import SECRET, sdk
@@ -101,7 +103,36 @@ class ProtocolTest(absltest.TestCase):
         with socket.create_connection((host, int(port)), 10) as connection:
           connection.sendall(said)
           self.assertEqual(connection.recv(64), b'')
+      with socket.create_connection((host, int(port)), 10) as connection:
+        connection.sendall(b'GET /health HTTP/1.1\r\nHost: x\r\n\r\n')
+        self.assertIn(b'200 OK', connection.recv(4096))
+        connection.sendall(b'G')  # and never the rest
+        while connection.recv(4096):
+          pass
       self.assertEqual(httpx2.get(url + '/health').status_code, 200)
+
+  def test_what_is_not_read_is_dropped(self):
+    long, held = scripted.Scripted('a' * 40_000, chunk=1000), []
+    with (
+      mock.patch.object(serve, 'PATIENCE', 0.3),
+      mock.patch.object(replies, 'GRACE', 0.1),
+      scripted.served(
+        long, http=serve.Protocol, seconds=5.0, connections=held
+      ) as (url, *_),
+      socket.socket() as connection,
+    ):
+      host, port = url.removeprefix('http://').split(':')
+      connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+      connection.connect((host, int(port)))
+      body = json.dumps(scripted.ASK | {'stream': True, 'logprobs': True})
+      connection.sendall(
+        f'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n'
+        f'Content-Length: {len(body)}\r\n\r\n{body}'.encode()
+      )
+      time.sleep(2)  # reads nothing, and is late after five seconds
+      self.assertLen(held[0], 1)
+      time.sleep(5)
+      self.assertEmpty(held[0])
 
 
 class KeptTest(absltest.TestCase):

@@ -43,6 +43,11 @@ class StreamTest(parameterized.TestCase):
     self.assertIn(stopped, stop)
     self.assertEqual(TOKENIZER.decode(ids[:count]), head + taken)
 
+  def test_a_call_within_the_reasoning_is_none(self):
+    ids = scripted.encode('a<minimax:tool_call>b</think>\n\nhi END more')
+    message, shown, _, stopped = read(ids, ['END'])
+    self.assertEqual((message.content, shown, stopped), ('hi ', 'hi ', 'END'))
+
   def test_calls_are_no_place_for_them(self):
     ids = scripted.encode(CALL)
     message, *_, stopped = read(ids, ['select', 'think'])
