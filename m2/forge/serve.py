@@ -106,7 +106,6 @@ def kept(path: pathlib.Path) -> Iterator[capture.Pool]:
   """
   with pools.DataPool(pools.file_url(path)) as pool:
     start = pool.begin()
-
     steps: collections.Counter[str] = collections.Counter()
 
     class Kept:

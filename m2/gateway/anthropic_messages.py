@@ -23,9 +23,9 @@ _REASONS = {
   types.StopReason.CANCELLED: 'end_turn',
 }
 _MARKS = 'cache_control', 'citations'  # of blocks: prefixes are always cached
-_KINDS = {  # of a streamed event: its block, what it is empty, its delta
-  'reasoning': ('thinking', {'thinking': '', 'signature': ''}, 'thinking'),
-  'content': ('text', {'text': ''}, 'text'),
+_KINDS = {  # of a streamed event: its block, and what that is while empty
+  'reasoning': ('thinking', {'thinking': '', 'signature': ''}),
+  'content': ('text', {'text': ''}),
 }
 
 
@@ -45,13 +45,7 @@ def read(tree: Any, length: int) -> tuple[str, asks.Ask]:
   found = asks.Ask(
     messages=messages,
     tools=tools,
-    sampling=types.Sampling(
-      max_new=min(most, length),
-      temperature=asks.number(fields, 'temperature', 1.0, 0, 2),
-      top_p=asks.number(fields, 'top_p', 1.0, 1e-6, 1),
-      top_k=asks.whole(fields, 'top_k', 0, 0, 2**31 - 1),
-      seed=asks.seed(),
-    ),
+    sampling=asks.sampling(fields, min(most, length), asks.seed()),
     stop=asks.strings(fields, 'stop_sequences'),
     stream=fields.take('stream', bool, False),
     usage=True,
@@ -315,11 +309,11 @@ class Writer:
       )
       yield from self._close()
       return
-    kind, empty, name = _KINDS[event.kind]
+    kind, empty = _KINDS[event.kind]
     if self._open != kind:
       yield from self._close()
       yield from self._start(kind, empty)
-    yield self._delta(f'{name}_delta', {name: event.text})
+    yield self._delta(f'{kind}_delta', {kind: event.text})
 
   def _start(self, kind: str, fields: Mapping[str, Any]) -> Iterator[str]:
     self._open = kind

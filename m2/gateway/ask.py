@@ -165,6 +165,21 @@ def whole(fields: Fields, name: str, default: int, low: int, high: int) -> int:
   return value
 
 
+def sampling(fields: Fields, max_new: int, seed: int) -> types.Sampling:
+  """Takes how to sample, as far as all APIs name it the same.
+
+  Raises:
+    Refusal: a value out of range.
+  """
+  return types.Sampling(
+    max_new=max_new,
+    temperature=number(fields, 'temperature', 1.0, 0, 2),
+    top_p=number(fields, 'top_p', 1.0, 1e-6, 1),
+    top_k=whole(fields, 'top_k', 0, 0, 2**31 - 1),
+    seed=seed,
+  )
+
+
 def strings(fields: Fields, name: str) -> tuple[str, ...]:
   """Takes stop strings: one, a list of some, or none.
 

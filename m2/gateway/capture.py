@@ -211,14 +211,13 @@ class Gateway:
         self._engine, request, start, count, listen
       )
     self._tell(episode, conversation, prompt)
-    return self._keep(episode, conversation, prompt, messages, tools, sampled)
+    return self._keep(episode, conversation, prompt, tools, sampled)
 
   def _keep(
     self,
     episode: str,
     conversation: _Conversation,
     prompt: histories.Prompt,
-    messages: Sequence[types.Message],
     tools: Sequence[Mapping[str, Any]] | None,
     sampled: Sequence[streams.Sampled],
   ) -> list[Answer]:
@@ -232,7 +231,7 @@ class Gateway:
         failed = failed or error
         continue
       if result.stop != types.StopReason.CONTEXT:  # else nothing was said
-        conversation.history.add(prompt, messages, tools, message, result.ids)
+        conversation.history.add(prompt, tools, message, result.ids)
       answers.append(
         Answer(
           message, result.stop, stopped, prompt.ids, result.ids,

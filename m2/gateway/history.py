@@ -51,6 +51,7 @@ class Prompt:
     read: of each assistant's message, the digest of all up to it, and which
       answer it was taken for.
     around: digests of the first and of the last message.
+    traces: of the messages.
   """
 
   ids: np.ndarray
@@ -60,6 +61,7 @@ class Prompt:
   first: bool
   read: Sequence[tuple[bytes, int | None]]
   around: tuple[bytes, bytes]
+  traces: Sequence['_Trace']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +172,11 @@ class History:
       change = self._difference(traces, tools, unsaid)
     around = (digests[0], digests[-1]) if digests else (b'', b'')
     ids, first = np.concatenate(parts), not self._ends
-    return Prompt(ids, mark, end, change, first, read, around)
+    return Prompt(ids, mark, end, change, first, read, around, traces)
 
   def add(
     self,
     prompt: Prompt,
-    messages: Sequence[types.Message],
     tools: Sequence[Mapping[str, Any]] | None,
     message: types.Message,
     ids: np.ndarray,
@@ -184,17 +185,18 @@ class History:
 
     Args:
       prompt: what it was sampled after.
-      messages: of the request.
       tools: of the request.
       message: what came of it.
       ids: what was sampled.
     """
-    number, words = len(self._answers), _trace(message)
+    number, trace = len(self._answers), _trace(message)
     # First the answer: another thread may be reading a request.
     self._answers.append(
-      _Said(message, ids, prompt.mark.digest(), len(messages), prompt.around)
+      _Said(
+        message, ids, prompt.mark.digest(), len(prompt.traces), prompt.around
+      )
     )
-    self._numbers.setdefault(words.words, []).append(number)
+    self._numbers.setdefault(trace.words, []).append(number)
     for upto, found in prompt.read:
       self._read.setdefault(upto, found)
     mark = prompt.mark.copy()
@@ -202,7 +204,7 @@ class History:
     if prompt.end in self._ends:
       self._ends.remove(prompt.end)
     self._ends = [*self._ends, mark.digest()][-ENDS:]
-    self._traces = (*map(_trace, messages), words)
+    self._traces = (*prompt.traces, trace)
     self._tools = tuple(tools or ())
 
   def _find(

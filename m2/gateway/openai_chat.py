@@ -10,8 +10,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from m2 import types
 from m2.data import template
 from m2.data import tokenizer as tokenizers
@@ -19,7 +17,7 @@ from m2.gateway import ask as asks
 from m2.gateway import capture
 from m2.gateway import stream as streams
 
-FINISH = {
+_FINISH = {
   types.StopReason.EOS: 'stop',
   types.StopReason.STRING: 'stop',
   types.StopReason.LENGTH: 'length',
@@ -50,20 +48,14 @@ def read(tree: Any, length: int) -> tuple[str, asks.Ask]:
     asks.whole(fields, name, length, 1, 2**31 - 1)
     for name in ('max_completion_tokens', 'max_tokens')
   ]
-  sampling = types.Sampling(
-    max_new=min(limits),
-    temperature=asks.number(fields, 'temperature', 1.0, 0, 2),
-    top_p=asks.number(fields, 'top_p', 1.0, 1e-6, 1),
-    top_k=asks.whole(fields, 'top_k', 0, 0, 2**31 - 1),
-    seed=asks.whole(fields, 'seed', asks.seed(), -(2**63), 2**63 - 1) % 2**63,
-  )
+  seed = asks.whole(fields, 'seed', asks.seed(), -(2**63), 2**63 - 1) % 2**63
   options = asks.Fields(
     fields.take('stream_options', dict, {}), 'stream_options'
   )
   found = asks.Ask(
     messages=messages,
     tools=tools,
-    sampling=sampling,
+    sampling=asks.sampling(fields, min(limits), seed),
     count=asks.whole(fields, 'n', 1, 1, asks.MOST),
     stop=asks.strings(fields, 'stop'),
     stream=fields.take('stream', bool, False),
@@ -237,7 +229,7 @@ class Writer:
     head: dict[str, Any] = {}
     if index not in self._begun:
       if self._asked.ids and not self._begun:
-        head['prompt_token_ids'] = np.asarray(part.prompt_ids).tolist()
+        head['prompt_token_ids'] = part.prompt_ids.tolist()
       self._begun.add(index)
       deltas.insert(0, {'role': 'assistant', 'content': ''})
     if self._asked.logprobs and len(part.ids):
@@ -320,7 +312,7 @@ def _call(call: types.ToolCall, id: str) -> dict[str, Any]:
 def _finish(answer: capture.Answer) -> str:
   if answer.message.tool_calls and answer.stop == types.StopReason.EOS:
     return 'tool_calls'
-  return FINISH[answer.stop]
+  return _FINISH[answer.stop]
 
 
 def _usage(answers: Sequence[capture.Answer]) -> dict[str, int]:

@@ -276,9 +276,7 @@ class Server:
   ) -> list[capture.Answer]:
     """Answers; parts go to the queue, and None after the last."""
     name = episode or f'anybody-{secrets.token_hex(16)}'
-    listen = None
-    if asked.stream:
-      listen = lambda *part: parts.put_nowait(part)  # noqa: E731
+    listen = (lambda *part: parts.put_nowait(part)) if asked.stream else None
     try:
       answers = await self._gateway.answer(
         name,
